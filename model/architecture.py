@@ -1,0 +1,72 @@
+"""What a mixture is made of: the few numbers that fix every tensor's shape."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a mixture of experts.
+
+    Attributes:
+        width: Channels of the first stage of every expert (64 in preset ``full``, 16 in ``compact``).
+        num_classes: Number of classes ``C``.
+        num_experts: Number of experts ``E``.
+        gate_width: Channels of the gate's first convolution.
+        height: Input height ``H`` in pixels.
+        input_width: Input width ``W`` in pixels.
+        mean: Per-channel mean that the model subtracts from images in ``[0, 1]``.
+        std: Per-channel standard deviation that the model divides by.
+    """
+
+    width: int
+    num_classes: int = 10
+    num_experts: int = 9
+    gate_width: int = 16
+    height: int = 32
+    input_width: int = 32
+    mean: tuple[float, float, float] = CIFAR10_MEAN
+    std: tuple[float, float, float] = CIFAR10_STD
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_experts", "gate_width"):
+            _require_int(name, getattr(self, name), 1, 1024)
+        _require_int("num_classes", self.num_classes, 2, 100_000)
+        _require_int("height", self.height, 8, 1024)
+        _require_int("input_width", self.input_width, 8, 1024)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
+            if not numbers or len(value) != 3:
+                raise ValueError(f"{name} must be three numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(float(v) for v in value))
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in every channel, not {self.std!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> Architecture:
+        """Build from :meth:`to_json`'s output; unknown, missing or ill-typed fields raise ``ValueError``."""
+        if not isinstance(values, dict):
+            raise ValueError(f"must be an object, not {type(values).__name__}")
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
+            raise ValueError(f"has missing fields {missing} and unknown fields {unknown}")
+        return cls(**values)
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+PRESETS = {"full": Architecture(width=64), "compact": Architecture(width=16)}

@@ -1,0 +1,1 @@
+"""The inference service: HTTP front door, batching, engine and the policies that guard its answers."""

@@ -1,0 +1,1 @@
+"""Offline training: data, attacks, losses, pre-training, joint training and evaluation."""

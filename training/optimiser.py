@@ -1,0 +1,79 @@
+"""The optimiser: Muon for convolution kernels, SGD for everything else.
+
+Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); holding every kernel at a fixed norm
+follows Jordan's airbench94_muon. Short adversarial training is limited by how little is learnt per step, and Muon learns more
+per step than SGD (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from training.recipe import Schedule
+
+SGD_LR_SHARE = 2.0
+"""SGD's learning rate over Muon's: both follow one schedule."""
+
+
+class Optimiser:
+    """Steps a module's parameters and can be saved and restored exactly.
+
+    A convolution kernel that batch norm follows has a direction but no meaningful length, so it is held at Frobenius norm
+    ``sqrt(out_channels)``, which makes Muon's learning rate an angle per step. The first convolution of every network (fewer than
+    16 input channels) and all vectors and heads are left to SGD.
+    """
+
+    def __init__(self, module: nn.Module, schedule: Schedule) -> None:
+        self._kernels: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in module.parameters():
+            hidden = parameter.ndim == 4 and parameter.shape[1] >= 8
+            (self._kernels if hidden else others).append(parameter)
+        # torch.optim.Muon takes matrices only: give it views that share the kernels' storage.
+        self._matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in self._kernels]
+        self._muon = torch.optim.Muon(
+            self._matrices, lr=0.0, weight_decay=0.0, momentum=schedule.momentum, nesterov=True, ns_steps=4
+        )
+        self._sgd = torch.optim.SGD(
+            others, lr=0.0, momentum=schedule.momentum, nesterov=True, weight_decay=schedule.weight_decay
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Apply the parameters' gradients once, at Muon learning rate ``lr``, and clear them."""
+        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
+            if kernel.grad is None:
+                raise RuntimeError(f"a kernel of shape {tuple(kernel.shape)} got no gradient: is it part of the loss?")
+            matrix.grad = _as_matrix(kernel.grad).contiguous()
+            matrix.mul_(len(matrix) ** 0.5 / matrix.norm())
+            kernel.grad = None
+        for group in self._muon.param_groups:
+            group["lr"] = lr
+        for group in self._sgd.param_groups:
+            group["lr"] = lr * SGD_LR_SHARE
+        self._muon.step()
+        self._sgd.step()
+        self._sgd.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the momentum buffers by name, empty before the first step."""
+        return {
+            f"{name}.{index}": optimiser.state[parameter]["momentum_buffer"]
+            for name, optimiser in (("muon", self._muon), ("sgd", self._sgd))
+            for index, parameter in enumerate(optimiser.param_groups[0]["params"])
+            if "momentum_buffer" in optimiser.state.get(parameter, {})
+        }
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the buffers that :meth:`state` returned."""
+        for name, optimiser in (("muon", self._muon), ("sgd", self._sgd)):
+            for index, parameter in enumerate(optimiser.param_groups[0]["params"]):
+                if f"{name}.{index}" in state:
+                    buffer = state[f"{name}.{index}"].to(parameter.device)
+                    optimiser.state[parameter] = {"momentum_buffer": buffer.clone()}
+
+
+def _as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """View a channels-last kernel ``(O, I, h, w)`` as ``(O, h * w * I)``."""
+    return kernel.permute(0, 2, 3, 1).flatten(1)

@@ -1,0 +1,209 @@
+"""Recipes: everything that decides what a training run does, as plain data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from model.architecture import PRESETS as ARCHITECTURES
+from model.architecture import Architecture
+from training.attack import Attack
+
+Family = Literal["benign", "fgsm", "pgd"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ExpertRecipe:
+    """How one expert is pre-trained.
+
+    Attributes:
+        family: ``benign`` sees clean images only; ``fgsm`` draws epsilon anew for every batch; ``pgd`` draws the number of
+            steps anew for every batch.
+        epsilons: What ``fgsm`` draws from, or the one radius of ``pgd``; ``[0, 1]`` pixel units.
+        steps: What ``pgd`` draws from.
+        noise: For ``fgsm``: start from noise of twice the radius and do not project (N-FGSM); otherwise plain FGSM.
+        step_fraction: For ``pgd``: step size as a share of epsilon, never less than ``1.25 / steps``.
+    """
+
+    family: Family
+    epsilons: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
+    noise: bool = True
+    step_fraction: float = 0.25
+
+    def draw(self, generator: torch.Generator) -> Attack | None:
+        """Return the next batch's attack; ``None`` means train on clean images."""
+        if self.family == "benign":
+            return None
+        if self.family == "fgsm":
+            epsilon = _choose(self.epsilons, generator)
+            return Attack.noise_fgsm(epsilon) if self.noise else Attack.fgsm(epsilon)
+        steps = _choose(self.steps, generator)
+        step_size = self.epsilons[0] * max(self.step_fraction, 1.25 / steps)
+        return Attack.pgd(self.epsilons[0], steps, step_size)
+
+
+def _choose(values: tuple[T, ...], generator: torch.Generator) -> T:
+    return values[int(torch.randint(len(values), (1,), generator=generator))]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        epochs: Passes over the training images; fractions are allowed.
+        batch_size: Images per step.
+        peak_lr: Highest learning rate of the one-cycle schedule.
+        warmup: Share of the steps that climb linearly from 0 to the peak.
+        final_lr: Learning rate of the last step, as a share of the peak; in between it falls linearly.
+        weight_decay: L2 penalty on every parameter.
+        momentum: Nesterov momentum.
+        ema_decay: Decay per step of the averaged weights that validation and export use; 0 turns averaging off.
+        label_smoothing: Label smoothing of every cross-entropy.
+    """
+
+    epochs: float
+    batch_size: int = 128
+    peak_lr: float = 0.04
+    warmup: float = 0.15
+    final_lr: float = 0.0
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    ema_decay: float = 0.995
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """Weights of the joint loss's terms; 0 turns a term off (and saves its forward pass).
+
+    Attributes:
+        adversarial: Cross-entropy of the mixture on attacked images.
+        clean: Cross-entropy of the mixture on clean images.
+        clean_share: Share of each batch that the clean term sees, to save time.
+        experts: Mean cross-entropy of the single experts on the attacked images.
+        balance: Load balancing, ``log E`` minus the entropy of the gate's mean weights over a batch.
+    """
+
+    adversarial: float = 1.0
+    clean: float = 0.25
+    clean_share: float = 0.25
+    experts: float = 0.5
+    balance: float = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: nine experts, then joint training.
+
+    Attributes:
+        name: The preset's name.
+        architecture: The mixture's shapes.
+        experts: One recipe per expert.
+        pretrain: Schedule of each expert of the FGSM and PGD families.
+        benign: Schedule of each benign expert.
+        joint: Schedule of joint training.
+        loss: Terms of the joint loss.
+        joint_epsilons: Radii that the joint attack draws from for every batch.
+        joint_steps: Steps of the joint attack; 0 means N-FGSM.
+        holdout: Training images that are kept aside for model selection.
+        validation_images: How many of those an epoch's end is judged on.
+    """
+
+    name: str
+    architecture: Architecture
+    experts: tuple[ExpertRecipe, ...]
+    pretrain: Schedule
+    benign: Schedule
+    joint: Schedule
+    loss: JointLoss = field(default_factory=JointLoss)
+    joint_epsilons: tuple[float, ...] = (8 / 255,)
+    joint_steps: int = 0
+    holdout: int = 1000
+    validation_images: int = 256
+
+    def draw_joint(self, generator: torch.Generator) -> Attack:
+        """Return the next batch's attack through gate and experts."""
+        epsilon = _choose(self.joint_epsilons, generator)
+        if self.joint_steps == 0:
+            return Attack.noise_fgsm(epsilon)
+        return Attack.pgd(epsilon, self.joint_steps, epsilon * max(0.25, 1.25 / self.joint_steps))
+
+    def for_data(self, num_classes: int, height: int, width: int) -> Recipe:
+        """Return the recipe with the architecture fitted to a dataset."""
+        fitted = replace(self.architecture, num_classes=num_classes, height=height, input_width=width)
+        return replace(self, architecture=fitted)
+
+    def with_setting(self, assignment: str) -> Recipe:
+        """Return the recipe with one setting changed, given as ``name=value`` with a JSON value, as ``joint.epochs=2``.
+
+        Raises:
+            ValueError: The name or the value does not fit.
+        """
+        name, _, text = assignment.partition("=")
+        section, _, leaf = name.rpartition(".")
+        target = getattr(self, section, None) if section else self
+        if not is_dataclass(target) or isinstance(target, type) or not hasattr(target, leaf) or not text:
+            raise ValueError(f"'{assignment}' is not a setting; write for example joint.epochs=2 or holdout=500")
+        before = getattr(target, leaf)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{assignment}': the value is not JSON ({error})") from error
+        value = tuple(value) if isinstance(value, list) else value
+        numbers = isinstance(before, (int, float)) and isinstance(value, (int, float))
+        if not numbers and type(value) is not type(before):
+            raise ValueError(f"'{assignment}': expected a {type(before).__name__}, as {before!r}")
+        changed = replace(target, **{leaf: value})
+        return replace(self, **{section: changed}) if section else changed  # type: ignore[return-value]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self)
+
+
+def _nine(fgsm: ExpertRecipe, pgd: ExpertRecipe) -> tuple[ExpertRecipe, ...]:
+    """Return the paper's line-up: one benign expert, four of the FGSM family, four of the PGD family."""
+    return (ExpertRecipe("benign"), *[fgsm] * 4, *[pgd] * 4)
+
+
+def _paper() -> Recipe:
+    """Return the published procedure; radii, steps and line-up are the paper's, the rest is ours (not published)."""
+    hundredths = tuple(i / 100 for i in range(1, 10))
+    experts = _nine(
+        ExpertRecipe("fgsm", epsilons=hundredths, noise=False),
+        ExpertRecipe("pgd", epsilons=(8 / 255,), steps=(10, 20, 30, 40, 50)),
+    )
+    schedule = Schedule(epochs=30)
+    joint = Schedule(epochs=15, peak_lr=0.02)
+    return Recipe("paper", ARCHITECTURES["full"], experts, schedule, schedule, joint, joint_steps=10)
+
+
+def _full() -> Recipe:
+    """Return the improved recipe at the paper's size."""
+    experts = _nine(
+        ExpertRecipe("fgsm", epsilons=tuple(i / 255 for i in (6, 7, 8, 9, 10))),
+        ExpertRecipe("pgd", epsilons=(8 / 255,), steps=(2, 3, 4, 5)),
+    )
+    joint = Schedule(epochs=15, peak_lr=0.02)
+    return Recipe("full", ARCHITECTURES["full"], experts, Schedule(epochs=30), Schedule(epochs=30), joint, joint_steps=3)
+
+
+def _compact() -> Recipe:
+    """Return the recipe that two CPU cores finish in about two hours."""
+    experts = _nine(
+        ExpertRecipe("fgsm", epsilons=tuple(i / 255 for i in (5, 6, 7, 8))),
+        ExpertRecipe("pgd", epsilons=(8 / 255,), steps=(1, 2)),
+    )
+    pretrain = Schedule(epochs=4, final_lr=0.1)
+    benign = Schedule(epochs=4, final_lr=0.1)
+    joint = Schedule(epochs=3, peak_lr=0.02)
+    return Recipe("compact", ARCHITECTURES["compact"], experts, pretrain, benign, joint)
+
+
+RECIPES = {"paper": _paper(), "full": _full(), "compact": _compact()}
