@@ -60,7 +60,7 @@ def load_checkpoint(name_or_path: str | Path = "compact", device: str | torch.de
         device: Where to put the weights.
 
     Returns:
-        A module that maps images ``(B, 3, H, W)``, float32 in ``[0, 1]``, to log-probabilities ``(B, C)`` and is differentiable.
+        A module that maps images ``(B, 3, H, W)``, float32 in ``[0, 1]``, to log-probabilities ``(B, C)``; differentiable.
 
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or not what its header says.
@@ -74,7 +74,9 @@ def load_checkpoint(name_or_path: str | Path = "compact", device: str | torch.de
     mixture = Mixture(header.architecture, header.top_k)
     digest = weights_digest(tensors)
     if digest != header.weights_sha256:
-        raise CheckpointError(f"{path}: weights_sha256 is {header.weights_sha256} but the tensors hash to {digest}: copy it again")
+        raise CheckpointError(
+            f"{path}: weights_sha256 is {header.weights_sha256} but the tensors hash to {digest}: copy it again"
+        )
     mixture.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
     return mixture.eval().requires_grad_(False).to(device)
 
@@ -87,7 +89,9 @@ def read_header(name_or_path: str | Path) -> Header:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}): copy it again or export a new one") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}): copy it again or export a new one"
+        ) from error
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: metadata has no field '{METADATA_KEY}', so it is not a Palisade checkpoint")
     try:
@@ -128,7 +132,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -170,7 +174,9 @@ def _check_tensors(path: Path, tensors: dict[str, torch.Tensor], expected: dict[
             wanted = list(expected[name].shape)
             raise CheckpointError(f"{path}: tensor '{name}' has shape {list(tensor.shape)}, but architecture needs {wanted}")
         if tensor.dtype not in STORED_DTYPES:
-            raise CheckpointError(f"{path}: tensor '{name}' has type {tensor.dtype}; only float32, bfloat16 and float16 are read")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has type {tensor.dtype}; only float32, bfloat16 and float16 are read"
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor '{name}' holds NaN or infinity")
         if name.endswith("running_var") and (tensor < 0).any():
@@ -189,7 +195,9 @@ def _parse_header(path: Path, values: object) -> Header:
     if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{path}: format_version must be a whole number from 1, not {version!r}")
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {version}, this Palisade reads up to {FORMAT_VERSION}: upgrade Palisade")
+        raise CheckpointError(
+            f"{path}: format_version is {version}, this Palisade reads up to {FORMAT_VERSION}: upgrade Palisade"
+        )
     kinds = {"architecture": dict, "class_names": list, "weights_sha256": str, "recipe": dict, "data": dict, "metrics": dict}
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):

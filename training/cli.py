@@ -90,14 +90,14 @@ def _data(options: argparse.Namespace) -> Dataset:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    recipe, *rest = _run(options)
+    recipe, dataset, run, device, seed = _run(options)
     try:
         chosen = [int(part) for part in options.experts.split(",") if part] or list(range(len(recipe.experts)))
     except ValueError as error:
         raise ValueError(f"--experts {options.experts}: give numbers, as 0,3,4") from error
     if not set(chosen) <= set(range(len(recipe.experts))):
         raise ValueError(f"--experts {options.experts}: the recipe's experts are 0 to {len(recipe.experts) - 1}")
-    pretrain(recipe, *rest, experts=chosen)
+    pretrain(recipe, dataset, run, device, seed, chosen)
 
 
 def _compact(options: argparse.Namespace) -> None:

@@ -67,8 +67,9 @@ def load_dataset(source: str, root: Path = Path("data"), size: int = 32) -> Data
     """Load a dataset.
 
     Args:
-        source: A path to an ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (NHWC uint8 and
-            integers; ``label_names`` is optional, and test images at the positions in ``test_inexact`` are left out); or ``cifar10``, ``cifar100`` or ``svhn``, which torchvision downloads; or a folder with
+        source: A path to an ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (NHWC
+            uint8 and integers; ``label_names`` is optional, and test images at the positions in ``test_inexact`` are left
+            out); or ``cifar10``, ``cifar100`` or ``svhn``, which torchvision downloads; or a folder with
             ``train/<class>/*`` and ``test/<class>/*`` images.
         root: Where downloads are kept.
         size: Side in pixels to which a folder's images are resized.
@@ -158,7 +159,7 @@ def _dataset(name: str, arrays: dict[str, Any], names: tuple[str, ...], where: s
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         _check(part, images, labels, where)
-        digest.update(np.ascontiguousarray(images))
+        digest.update(np.ascontiguousarray(images).data)
         digest.update(labels.astype("<i8").tobytes())
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         splits[part] = Split(pixels, torch.from_numpy(labels.astype(np.int64)))

@@ -1,7 +1,8 @@
 """Stage 2: gate and experts are trained together, against an attack that goes through the whole mixture.
 
-Source: arXiv 2512.20821, joint training; the loss is ours (not published): adversarial cross-entropy of the mixture, a small clean
-term, a mean per-expert adversarial term (published attacks on mixtures find the experts to be the weak link) and load balancing.
+Source: arXiv 2512.20821, joint training; the loss is ours (not published): adversarial cross-entropy of the mixture, a small
+clean term, a mean per-expert adversarial term (published attacks on mixtures find the experts to be the weak link) and load
+balancing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def train_jointly(
     Returns:
         The mixture with averaged weights, in eval mode.
     """
-    mixture = mixture.to(device=device, memory_format=torch.channels_last)
+    mixture = mixture.to(device).to(memory_format=torch.channels_last)
 
     def loss(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Values]:
         with torch.autocast(device.type, torch.bfloat16):

@@ -20,8 +20,8 @@ class Optimiser:
     """Steps a module's parameters and can be saved and restored exactly.
 
     A convolution kernel that batch norm follows has a direction but no meaningful length, so it is held at Frobenius norm
-    ``sqrt(out_channels)``, which makes Muon's learning rate an angle per step. The first convolution of every network (fewer than
-    16 input channels) and all vectors and heads are left to SGD.
+    ``sqrt(out_channels)``, which makes Muon's learning rate an angle per step. The first convolution of every network (whose
+    input has three channels) and all vectors and heads are left to SGD.
     """
 
     def __init__(self, module: nn.Module, schedule: Schedule) -> None:

@@ -11,7 +11,7 @@ from training.run_folder import RunFolder
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 
 def plot_run(folder: RunFolder) -> None:

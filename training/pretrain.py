@@ -63,7 +63,7 @@ def pretrain_expert(
     """
     torch.manual_seed(seed * 1000 + index)
     network = Alone(Mixture(recipe.architecture).experts[0], recipe.architecture)
-    network = network.to(device=device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     own = recipe.experts[index]
     schedule = recipe.benign if own.family == "benign" else recipe.pretrain
     autocast = torch.autocast(device.type, torch.bfloat16)

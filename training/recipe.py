@@ -159,8 +159,8 @@ class Recipe:
         numbers = isinstance(before, (int, float)) and isinstance(value, (int, float))
         if not numbers and type(value) is not type(before):
             raise ValueError(f"'{assignment}': expected a {type(before).__name__}, as {before!r}")
-        changed = replace(target, **{leaf: value})
-        return replace(self, **{section: changed}) if section else changed  # type: ignore[return-value]
+        changes: dict[str, Any] = {section: replace(target, **{leaf: value})} if section else {leaf: value}
+        return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""

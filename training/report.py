@@ -107,14 +107,15 @@ def table(results: dict[str, Any]) -> str:
         mark = " (best on held-out)" if name == results["best_single_expert"]["name"] else ""
         lines.append(f"| {name}{mark} | {' | '.join(cells)} |")
     lines.append("")
-    for test in results["paired_tests"]:
-        lines.append(
-            f"mixture against {test['against']}, {test['attack']}: right alone {test['only_mixture']} to {test['only_other']}, "
-            f"difference {test['difference_points']:+.1f} points, exact McNemar p = {test['p']:.2g}"
-        )
+    lines += [
+        f"mixture against {test['against']}, {test['attack']}: right alone {test['only_mixture']} to {test['only_other']}, "
+        f"difference {test['difference_points']:+.1f} points, exact McNemar p = {test['p']:.2g}"
+        for test in results["paired_tests"]
+    ]
     lines.append(
-        f"Accuracy in % with 95 % Wilson intervals; n = {results['n']} {results['data']['name']} test images, seed {results['seed']}, "
-        f"epsilon 8/255, PGD step 2/255 with random start, attacks in {results['precision']} on the network's own log-probabilities."
+        f"Accuracy in % with 95 % Wilson intervals; n = {results['n']} {results['data']['name']} test images, "
+        f"seed {results['seed']}, epsilon 8/255, PGD step 2/255 with random start, "
+        f"attacks in {results['precision']} on the network's own log-probabilities."
     )
     return "\n".join(lines)
 
@@ -137,11 +138,14 @@ def _best_expert(header: Header, dataset: Dataset, networks: dict[str, LogProbs]
     """Choose the single expert to compare with on training images that training has not seen."""
     held_out = header.data.get("held_out_training_images")
     if header.data.get("sha256") != dataset.digest or not isinstance(held_out, int):
-        raise ValueError(f"the checkpoint was trained on other data ({header.data.get('name')}), so no held-out images are known")
+        raise ValueError(
+            f"the checkpoint was trained on other data ({header.data.get('name')}), so no held-out images are known"
+        )
     _, holdout = dataset.split_holdout(held_out)
     part = holdout.take(slice(SELECTION_IMAGES))
     experts = tqdm([n for n in networks if n.startswith("expert")], desc="choose single expert", dynamic_ncols=True)
-    return max(experts, key=lambda n: correct_under(networks[n], part, ATTACKS["PGD-10"], device, seed).sum().item())
+    robust = {name: correct_under(networks[name], part, ATTACKS["PGD-10"], device, seed).sum().item() for name in experts}
+    return max(robust, key=robust.__getitem__)
 
 
 def _paired_tests(correct: dict[str, dict[str, torch.Tensor]], best: str) -> list[dict[str, Any]]:

@@ -72,12 +72,12 @@ def run_stage(stage: Stage, data: Split, folder: RunFolder, device: torch.device
         raise ValueError(f"{len(data)} training images do not fill one batch of {schedule.batch_size}: lower batch_size")
     steps = math.ceil(schedule.epochs * steps_per_epoch)
     progress = _Progress(module, Optimiser(module, schedule), _averaged(module))
-    step = progress.restore(folder, stage)
+    first = progress.restore(folder, stage)
     generator = torch.Generator()
-    bar = tqdm(total=steps, initial=step, desc=stage.name, unit="step", dynamic_ncols=True, mininterval=2)
-    for step in range(step, steps):
+    bar = tqdm(total=steps, initial=first, desc=stage.name, unit="step", dynamic_ncols=True, mininterval=2)
+    for step in range(first, steps):
         epoch, position = divmod(step, steps_per_epoch)
-        if position == 0 or bar.n == bar.initial:
+        if position == 0 or step == first:
             order = torch.randperm(len(data), generator=generator.manual_seed(_seed(stage.seed, epoch, 0)))
         generator.manual_seed(_seed(stage.seed, step, 1))
         batch = data.take(order[position * schedule.batch_size : (position + 1) * schedule.batch_size])

@@ -1,0 +1,47 @@
+"""Answers already given, so that sending an image again can't average rounding away."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+import numpy as np
+
+
+class AnswerCache:
+    """A bounded cache from an image's digest to its probabilities.
+
+    An image's probabilities differ in the last bits with the batch that it rides in. The first answer is kept, and a policy is
+    a pure function of it, so identical images get identical answers under every policy while the cache holds them.
+
+    Args:
+        capacity: Images; the one that was used longest ago is dropped. 0 keeps nothing.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, key: bytes) -> np.ndarray | None:
+        """Return the probabilities ``(C,)`` kept under ``key``."""
+        row = self._rows.get(key)
+        if row is not None:
+            self._rows.move_to_end(key)
+        return row
+
+    def keep(self, key: bytes, row: np.ndarray) -> np.ndarray:
+        """Return the probabilities to answer with: those kept first when two callers computed the same image at once."""
+        if self._capacity == 0:
+            return row
+        row = self._rows.setdefault(key, row)
+        if len(self._rows) > self._capacity:
+            self._rows.popitem(last=False)
+        return row
+
+
+def digest(image: np.ndarray) -> bytes:
+    """Return the key of a decoded and resized image ``(3, H, W)`` uint8."""
+    return hashlib.sha256(np.ascontiguousarray(image).data).digest()

@@ -1,0 +1,97 @@
+"""Decoding: encoded images of any size to the model's pixels, within hard limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.problems import Problem, bad_input, too_large, unprocessable, unsupported_type
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
+
+Image.MAX_IMAGE_PIXELS = None  # decode() has its own, stricter limit
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes images to the model's input size. Pure: may be called from many threads.
+
+    Attributes:
+        height: Output height in pixels.
+        width: Output width in pixels.
+        max_bytes: Largest encoded image.
+        max_pixels: Largest image, width times height, checked before any pixel is decoded.
+    """
+
+    height: int
+    width: int
+    max_bytes: int
+    max_pixels: int
+
+    def decode_all(self, encoded: list[bytes]) -> np.ndarray:
+        """Return ``(N, 3, H, W)`` uint8; raises the problem of the first bad image, numbered from 1 when there are several."""
+        images = np.empty((len(encoded), 3, self.height, self.width), np.uint8)
+        for number, data in enumerate(encoded, 1):
+            try:
+                images[number - 1] = self.decode(data)
+            except Problem as problem:
+                if len(encoded) > 1:
+                    problem.detail = f"image {number} of {len(encoded)}: {problem.detail}"
+                raise
+        return images
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Return one image as ``(3, H, W)`` uint8 RGB.
+
+        EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, and the whole image is
+        resized (bicubic, antialiased, without keeping the aspect ratio).
+
+        Raises:
+            Problem: 400 not an image or damaged, 413 too large, 415 a format that is not taken, 422 animated.
+        """
+        if not data:
+            raise bad_input("the image is empty")
+        if len(data) > self.max_bytes:
+            raise too_large(f"the image has {len(data)} bytes; at most {self.max_bytes} are taken")
+        try:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                self._check(image)
+                image.load()
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+        except Problem:
+            raise
+        except UnidentifiedImageError as error:
+            raise _unidentified(data) from error
+        except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
+            raise bad_input(f"the image is damaged: {error}") from error
+        if rgb.size != (self.width, self.height):
+            rgb = rgb.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        return np.asarray(rgb).transpose(2, 0, 1)
+
+    def _check(self, image: Image.Image) -> None:
+        if image.width * image.height > self.max_pixels:
+            raise too_large(f"the image is {image.width} x {image.height}; at most {self.max_pixels} pixels are taken")
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise unprocessable(f"the image is animated ({frames} frames); send one frame")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _unidentified(data: bytes) -> Problem:
+    taken = ", ".join(FORMATS)
+    for name, magic in (("GIF", b"GIF8"), ("BMP", b"BM"), ("TIFF", b"II*\0"), ("TIFF", b"MM\0*"), ("PDF", b"%PDF")):
+        if data.startswith(magic):
+            return unsupported_type(f"the image is a {name}; {taken} are taken")
+    return bad_input(f"this is not an image that can be read; {taken} are taken")

@@ -1,0 +1,68 @@
+"""Metrics: what Prometheus scrapes, on a port of its own. For operators only: never a key or an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """All series of one service instance, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("palisade_requests", "Requests answered.", ["route", "code"], registry=registry)
+        self.request_duration = Histogram(
+            "palisade_request_duration_seconds", "From first byte to last.", ["route"], buckets=SECONDS, registry=registry
+        )
+        self.queue_images = Gauge("palisade_queue_images", "Queue places held.", registry=registry)
+        self.queue_wait = Histogram(
+            "palisade_queue_wait_seconds", "From the queue's end to a batch.", buckets=SECONDS, registry=registry
+        )
+        self.batch_size = Histogram("palisade_batch_size_images", "Images per batch.", buckets=IMAGES, registry=registry)
+        self.inference = Histogram("palisade_inference_seconds", "Engine time per batch.", buckets=SECONDS, registry=registry)
+        self.decode = Histogram("palisade_decode_seconds", "Decoding per request.", buckets=SECONDS, registry=registry)
+        self.rejected = Counter("palisade_rejected", "Requests refused.", ["reason"], registry=registry)
+        self.quota_denied = Counter("palisade_quota_denied", "Requests over quota.", ["tier", "window"], registry=registry)
+        self.expert_weight = Counter(
+            "palisade_expert_weight", "Sum of the gate's weights over images.", ["expert"], registry=registry
+        )
+        self.gate_entropy = Histogram(
+            "palisade_gate_entropy", "Entropy of an image's gate weights, in nats.",
+            buckets=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25), registry=registry,
+        )  # fmt: skip
+        self.predictions = Counter("palisade_predictions", "Images answered.", ["label"], registry=registry)
+        self.model_info = Gauge("palisade_model_info", "The model.", ["version", "precision", "device"], registry=registry)
+        self.ready = Gauge("palisade_ready", "1 when requests are accepted.", registry=registry)
+
+    def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
+        """Answer ``GET /metrics`` on a thread; returns the server (``server_port``, ``shutdown()``) and the thread."""
+        return start_http_server(port, host, self.registry)
+
+    def waited(self, seconds: float) -> None:
+        """Count a request's wait in the queue."""
+        self.queue_wait.observe(seconds)
+
+    def batch_formed(self, images: int) -> None:
+        """Count a batch."""
+        self.batch_size.observe(images)
+
+    def batch_done(self, seconds: float, gate: np.ndarray) -> None:
+        """Count a batch's engine time and its gate weights ``(B, E)``."""
+        self.inference.observe(seconds)
+        for expert, weight in enumerate(gate.sum(axis=0)):
+            self.expert_weight.labels(str(expert)).inc(float(weight))
+        for entropy in -(gate * np.log(np.maximum(gate, 1e-12))).sum(axis=1):
+            self.gate_entropy.observe(float(entropy))
+
+    def answered(self, labels: Iterable[str]) -> None:
+        """Count predictions by label."""
+        for label in labels:
+            self.predictions.labels(label).inc()

@@ -1,0 +1,92 @@
+"""Problems: everything that can go wrong with a request, each with its status and its words.
+
+Rendered as RFC 9457 ``application/problem+json``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import orjson
+from starlette.responses import Response
+
+
+@dataclass
+class Problem(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: The HTTP status.
+        detail: What was wrong and what to do, for the caller to read.
+        reason: A short fixed word for metrics and logs, also the last part of the problem's ``type``.
+        headers: More response headers.
+    """
+
+    status: int
+    detail: str
+    reason: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        """Return the problem as a response."""
+        body = {
+            "type": f"urn:palisade:problem:{self.reason}",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        return Response(orjson.dumps(body), self.status, self.headers, media_type="application/problem+json")
+
+
+def bad_input(detail: str) -> Problem:
+    """Return a 400: the body is not what its type says."""
+    return Problem(400, detail, "bad-input")
+
+
+def body_too_slow(seconds: float) -> Problem:
+    """Return a 408: the body did not arrive in time; the rest of it is not read."""
+    return Problem(408, f"the request body did not arrive within {seconds:g} s", "body-too-slow", {"Connection": "close"})
+
+
+def too_large(detail: str) -> Problem:
+    """Return a 413: a limit on bytes, pixels or images, or a request larger than its quota could ever grant."""
+    return Problem(413, detail, "too-large")
+
+
+def unsupported_type(detail: str) -> Problem:
+    """Return a 415: a body or image format that is not taken."""
+    return Problem(415, detail, "unsupported-type")
+
+
+def unprocessable(detail: str) -> Problem:
+    """Return a 422: readable, but not something that can be classified."""
+    return Problem(422, detail, "unprocessable")
+
+
+def quota_exceeded(window: str, retry_after_s: float) -> Problem:
+    """Return a 429 that names the window and says when it opens again."""
+    wait = max(1, math.ceil(retry_after_s))
+    detail = f"the quota of images per {window} is used up; try again in {wait} s"
+    return Problem(429, detail, "quota-exceeded", {"Retry-After": str(wait)})
+
+
+def overloaded(detail: str) -> Problem:
+    """Return a 503: no place now, but likely soon."""
+    return Problem(503, detail, "overloaded", {"Retry-After": "1"})
+
+
+def draining() -> Problem:
+    """Return a 503: this instance is about to stop."""
+    return Problem(503, "the service is shutting down; send the request again", "draining", {"Retry-After": "1"})
+
+
+def engine_failed() -> Problem:
+    """Return a 503: the engine failed on this batch; its log says why."""
+    return Problem(503, "the model failed on this batch; send the request again", "engine-failed", {"Retry-After": "1"})
+
+
+def deadline_passed() -> Problem:
+    """Return a 504: the request waited longer than its deadline."""
+    return Problem(504, "the request's deadline passed before it reached the model", "deadline-passed")
