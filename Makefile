@@ -1,0 +1,63 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+DATA ?= cifar10
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: $(VENV)/.ready ## prepare .venv and nothing else
+
+$(VENV)/.ready: requirements/uv.txt requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt requirements/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+.PHONY: serve
+serve: setup ## serve the embedded checkpoint on 127.0.0.1:8000
+	$(BIN)/palisade-serve run
+
+.PHONY: test
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: setup ## check format, style, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: coverage
+coverage: setup ## run the tests and print what they cover
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+.PHONY: train-compact
+train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instead of a download; about two hours on two cores
+	$(BIN)/palisade-train compact --recipe compact --data $(DATA) --run runs/compact --out model/checkpoints/compact.safetensors
+
+.PHONY: runtime-check
+runtime-check: setup ## install only what the service needs, elsewhere, and classify an image with it
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/runtime
+	$(BIN)/uv pip sync --quiet --python build/runtime/bin/python --require-hashes requirements/service.txt
+	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir build/dist .
+	$(BIN)/uv pip install --quiet --python build/runtime/bin/python --no-deps --reinstall build/dist/palisade-*.whl
+	cd build && runtime/bin/python ../tests/runtime_check.py
+
+.PHONY: requirements
+requirements: ## write the pinned requirement files anew
+	$(COMPILE) pyproject.toml --output-file requirements/service.txt
+	$(COMPILE) pyproject.toml --extra dev --extra redis --output-file requirements/dev.txt
+	echo uv | $(COMPILE) - --output-file requirements/uv.txt
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

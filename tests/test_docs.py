@@ -1,0 +1,73 @@
+"""The documentation says what the code does, and its commands work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.running_service import running_service
+from service.metrics import Metrics
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def code_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_curl_in_the_documentation_is_answered() -> None:
+    commands = [
+        line.strip()
+        for page in PAGES
+        for block in code_blocks(page)
+        for line in block.splitlines()
+        if line.strip().startswith("curl ")
+    ]
+    assert len(commands) >= 3
+    with running_service() as running:
+        for command in commands:
+            words = shlex.split(command.replace("http://127.0.0.1:8000", running.url))
+            answer = json.loads(subprocess.run(words, cwd=ROOT, check=True, capture_output=True).stdout)
+            assert answer["predictions"], command
+
+
+def test_operations_lists_every_setting_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(PALISADE_\w+)` \| `([^`]*)` \|", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    assert rows.keys() == {f"PALISADE_{name}".upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        if name != "tier_anonymous_limits":
+            assert Settings(**{name: rows[f"PALISADE_{name}".upper()]}) == Settings(**{name: field.default})
+
+
+def test_operations_lists_every_metric() -> None:
+    documented = set(re.findall(r"^\| `(palisade_\w+)", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    kinds = {"counter": "_total", "histogram": "", "gauge": ""}
+    exposed = {metric.name + kinds[metric.type] for metric in Metrics().registry.collect()}
+    assert documented == exposed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_python_example_in_the_readme_runs() -> None:
+    (example,) = [block for block in code_blocks(ROOT / "README.md") if "import" in block]
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert tuple(names["log_probs"].shape) == (1, 10)  # type: ignore[attr-defined]
+
+
+def test_no_committed_file_is_larger_than_16_mib() -> None:
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    large = [name for name in files.split("\0") if name and (ROOT / name).stat().st_size > 16 * 2**20]
+    assert large == []
