@@ -2,9 +2,9 @@
 
     PALISADE_DATA=data/cifar10.npz python -m benchmarks.served_parity [--checkpoint compact] [--n 1000]
 
-The service runs as a user starts it, with quotas off and 6 decimals. Printed: the largest difference of a probability from the
-float32 reference's, how many labels agree, and how many disagree although the reference's two top probabilities are further apart
-than twice the stated tolerance (there must be none).
+The service runs as a user starts it, with quotas off and 6 decimals. Printed: the largest difference of a probability from
+the float32 reference's, how many labels agree, and how many disagree although the reference's two top probabilities are further
+apart than twice the stated tolerance (there must be none).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from service.decode import Decoder
 from service.engine import Engine
 from service.metrics import Metrics
 from service.policy import Policy
-from service.problems import Problem, draining
+from service.problems import Problem, draining, internal
 from service.quota import Limiter
 from service.request_log import RequestLog
 from service.settings import Settings
@@ -52,6 +52,7 @@ class Service:
         app.add_exception_handler(Problem, _answer_problem)
         app.add_exception_handler(HTTPException, _answer_http_exception)
         app.add_exception_handler(ClientDisconnect, _answer_nobody)
+        app.add_exception_handler(Exception, _answer_bug)
         self.asgi = RequestLog(app, metrics)
 
     def turn_unready(self) -> None:
@@ -145,6 +146,13 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}: {error.detail}"
     return Problem(error.status_code, detail, f"http-{error.status_code}", dict(error.headers or {})).response()
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """Answer what nobody foresaw; the error goes on to the request log."""
+    del error
+    request.scope["state"]["reason"] = "internal"
+    return internal(request.scope["state"]["request_id"]).response()
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -75,7 +75,8 @@ class Decoder:
     def _check(self, image: Image.Image) -> None:
         if image.width * image.height > self.max_pixels:
             raise too_large(f"the image is {image.width} x {image.height}; at most {self.max_pixels} pixels are taken")
-        frames = getattr(image, "n_frames", 1)
+        # A JPEG's further pictures are previews and gain maps of the same photo: the first one is the photo.
+        frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         if frames > 1:
             raise unprocessable(f"the image is animated ({frames} frames); send one frame")
 

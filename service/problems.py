@@ -13,7 +13,7 @@ import orjson
 from starlette.responses import Response
 
 
-@dataclass
+@dataclass(eq=False)
 class Problem(Exception):
     """A request that is refused.
 
@@ -80,6 +80,11 @@ def overloaded(detail: str) -> Problem:
 def draining() -> Problem:
     """Return a 503: this instance is about to stop."""
     return Problem(503, "the service is shutting down; send the request again", "draining", {"Retry-After": "1"})
+
+
+def internal(request_id: str) -> Problem:
+    """Return a 500: a bug; the log says more."""
+    return Problem(500, f"an internal error; quote request id {request_id}", "internal")
 
 
 def engine_failed() -> Problem:

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import Metrics
-from service.problems import Problem
+from service.problems import internal
 
 log = logging.getLogger("palisade.request")
 
@@ -52,8 +52,7 @@ class RequestLog:
         except Exception:
             log.exception("request %s failed", request_id)
             if status == 0:
-                internal = Problem(500, f"an internal error; quote request id {request_id}", "internal")
-                await internal.response()(scope, receive, send_with_id)
+                await internal(request_id).response()(scope, receive, send_with_id)
         self._record(scope, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
