@@ -46,6 +46,7 @@ train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instea
 
 .PHONY: runtime-check
 runtime-check: setup ## install only what the service needs, elsewhere, and classify an image with it
+	rm -rf build/dist
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/runtime
 	$(BIN)/uv pip sync --quiet --python build/runtime/bin/python --require-hashes requirements/service.txt
 	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir build/dist .

@@ -50,7 +50,7 @@ def compare(checkpoint: str, images: np.ndarray) -> dict[str, object]:
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         expected = torch.cat([reference(part).exp() for part in pixels.split(100)]).numpy()  # (N, C)
-    with running_service(checkpoint=checkpoint, limits="off", tier_anonymous_decimals=6) as running:
+    with running_service(checkpoint=checkpoint, device="cpu", limits="off", tier_anonymous_decimals=6) as running:
         parts = [images[i : i + REQUEST_IMAGES] for i in range(0, len(images), REQUEST_IMAGES)]
         predictions = [row for part in parts for row in ask(running.url, part)]
     served = np.array([[row["scores"][label] for label in labels] for row in predictions])

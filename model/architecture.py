@@ -41,12 +41,12 @@ class Architecture:
         _require_int("input_width", self.input_width, 8, 1024)
         for name in ("mean", "std"):
             value = getattr(self, name)
-            numbers = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
+            numbers = isinstance(value, (tuple, list)) and all(_is_number(v) for v in value)
             if not numbers or len(value) != 3:
                 raise ValueError(f"{name} must be three numbers, not {value!r}")
             object.__setattr__(self, name, tuple(float(v) for v in value))
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0 in every channel, not {self.std!r}")
+        if min(self.std) < 1e-6:
+            raise ValueError(f"std must be at least 1e-6 in every channel, not {self.std!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -62,6 +62,11 @@ class Architecture:
             missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
             raise ValueError(f"has missing fields {missing} and unknown fields {unknown}")
         return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a value is a finite number of a size that pixel statistics have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

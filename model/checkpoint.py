@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,11 @@ def load_checkpoint(name_or_path: str | Path = "compact", device: str | torch.de
 def read_header(name_or_path: str | Path) -> Header:
     """Return a checkpoint's header without reading its tensors; raises :class:`CheckpointError`."""
     path = resolve(name_or_path)
-    _refuse_pickles(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        _name_pickles(path)
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}): copy it again or export a new one"
         ) from error
@@ -96,7 +96,7 @@ def read_header(name_or_path: str | Path) -> Header:
         raise CheckpointError(f"{path}: metadata has no field '{METADATA_KEY}', so it is not a Palisade checkpoint")
     try:
         values = json.loads(metadata[METADATA_KEY])
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: field '{METADATA_KEY}' is not JSON ({error})") from error
     return _parse_header(path, values)
 
@@ -108,6 +108,15 @@ def save_checkpoint(path: Path, mixture: Mixture, header: Header, dtype: torch.d
     """
     state = _stored_state(mixture)
     tensors = {k: v.detach().cpu().to(dtype if v.ndim > 1 else torch.float32).contiguous() for k, v in state.items()}
+    return _write(path, tensors, header)
+
+
+def replace_metrics(path: Path, metrics: dict[str, Any]) -> Header:
+    """Write other ``metrics`` into a checkpoint's header, leave its tensors as they are, and return the new header."""
+    return _write(path, _read_tensors(path), replace(read_header(path), metrics=metrics))
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> Header:
     digest = weights_digest(tensors)
     values = {
         "format_version": FORMAT_VERSION,
@@ -150,9 +159,13 @@ def _stored_state(mixture: Mixture) -> dict[str, torch.Tensor]:
     return {name: value for name, value in mixture.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
-def _refuse_pickles(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(8)
+def _name_pickles(path: Path) -> None:
+    """Say so if a file that is no safetensors looks like a pickle; nobody opens it as one either way."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError:
+        return
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise CheckpointError(f"{path}: this is a pickle (torch.save), which is never loaded: export it as safetensors")
 
@@ -192,7 +205,7 @@ def _parse_header(path: Path, values: object) -> Header:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: field '{METADATA_KEY}' must be a JSON object")
     version = values.pop("format_version", None)
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: format_version must be a whole number from 1, not {version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -214,7 +227,9 @@ def _parse_header(path: Path, values: object) -> Header:
         raise CheckpointError(f"{path}: class_names must be {architecture.num_classes} different names")
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: class_names must be strings")
+    if any("\ud800" <= character <= "\udfff" for name in names for character in name):
+        raise CheckpointError(f"{path}: class_names must be Unicode text")
     top_k = values.pop("top_k", None)
-    if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= architecture.num_experts):
+    if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= architecture.num_experts):
         raise CheckpointError(f"{path}: top_k must be null or from 1 to {architecture.num_experts}, not {top_k!r}")
     return Header(architecture=architecture, class_names=tuple(names), top_k=top_k, **values)

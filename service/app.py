@@ -72,6 +72,7 @@ class Service:
         )
         self._metrics.queue_images.set_function(lambda: batcher.queued_images)
         runner = asyncio.create_task(batcher.run())
+        runner.add_done_callback(lambda _: self.turn_unready())
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decode_pool:
             self._classifier = self._build_classifier(batcher, decode_pool)
             self._metrics.ready.set(1)

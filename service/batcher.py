@@ -213,10 +213,12 @@ class Batcher:
         return batch
 
     async def _run_batch(self, batch: list[tuple[_Request, int, int]]) -> None:
-        images = np.concatenate([request.images[start:stop] for request, start, stop in batch])  # (B, 3, H, W)
-        self._observer.batch_formed(len(images))
         try:
+            images = np.concatenate([request.images[start:stop] for request, start, stop in batch])  # (B, 3, H, W)
+            self._observer.batch_formed(len(images))
             rows = await self._engine(images)  # (B, C)
+            if len(rows) != len(images):
+                raise RuntimeError(f"the engine answered {len(rows)} rows to {len(images)} images")
         except Exception:  # the engine logs its own failures; every caller of this batch gets an answer
             for request, _, _ in batch:
                 if not request.answer.done():

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from model.checkpoint import CheckpointError
 from service import logs
 from service.app import Service
+from service.connection import BoundedConnection
 from service.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings
@@ -52,7 +53,7 @@ def _run(settings: Settings) -> int:
     try:
         engine = Engine(settings, metrics)
         metrics_server, _ = metrics.serve(settings.metrics_host, settings.metrics_port)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, such as no memory on the device
         print(f"palisade-serve: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -65,7 +66,7 @@ def _run(settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=BoundedConnection,
         ws="none",
         log_config=None,
         access_log=False,
@@ -104,7 +105,9 @@ class _Server(uvicorn.Server):
         """Start draining: the listening socket closes, accepted requests finish."""
         log.info("%s: draining", signal.Signals(sig).name)
         self._service.turn_unready()
-        super().handle_exit(sig, frame)
+        # As uvicorn's own, but without keeping the signal to raise it again after a clean stop.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from service.problems import Problem, bad_input, too_large, unprocessable, unsupported_type
+from service.problems import Problem, bad_input, deadline_passed, too_large, unprocessable, unsupported_type
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
+
+MAX_SIDE = 65_535
+"""Pixels; resizing a thin image needs memory in proportion to its longest side."""
+
+MAX_SCANS = 20
+"""Scans of a progressive JPEG of ``max_pixels``; encoders write about ten."""
 
 Image.MAX_IMAGE_PIXELS = None  # decode() has its own, stricter limit
 
@@ -32,10 +40,17 @@ class Decoder:
     max_bytes: int
     max_pixels: int
 
-    def decode_all(self, encoded: list[bytes]) -> np.ndarray:
-        """Return ``(N, 3, H, W)`` uint8; raises the problem of the first bad image, numbered from 1 when there are several."""
+    def decode_all(self, encoded: list[bytes], expired: Callable[[], bool] = lambda: False) -> np.ndarray:
+        """Return ``(N, 3, H, W)`` uint8; raises the problem of the first bad image, numbered from 1 when there are several.
+
+        Args:
+            encoded: The images.
+            expired: Asked before each image; when true, nobody waits for the answer any more and decoding stops.
+        """
         images = np.empty((len(encoded), 3, self.height, self.width), np.uint8)
         for number, data in enumerate(encoded, 1):
+            if expired():
+                raise deadline_passed()
             try:
                 images[number - 1] = self.decode(data)
             except Problem as problem:
@@ -59,9 +74,9 @@ class Decoder:
             raise too_large(f"the image has {len(data)} bytes; at most {self.max_bytes} are taken")
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
-                self._check(image)
+                self._check(image, data)
                 image.load()
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
+                rgb = _to_rgb(_upright(image))
         except Problem:
             raise
         except UnidentifiedImageError as error:
@@ -72,18 +87,39 @@ class Decoder:
             rgb = rgb.resize((self.width, self.height), Image.Resampling.BICUBIC)
         return np.asarray(rgb).transpose(2, 0, 1)
 
-    def _check(self, image: Image.Image) -> None:
+    def _check(self, image: Image.Image, data: bytes) -> None:
+        """Refuse what would cost too much, from the header alone."""
+        if max(image.size) > MAX_SIDE:
+            raise too_large(f"the image is {image.width} x {image.height}; at most {MAX_SIDE} pixels a side are taken")
         if image.width * image.height > self.max_pixels:
             raise too_large(f"the image is {image.width} x {image.height}; at most {self.max_pixels} pixels are taken")
+        # A progressive JPEG goes over all its pixels once per scan, and a scan may be a few bytes long. Scan markers can't
+        # occur inside compressed data, so counting them bounds the work.
+        if (
+            image.format in ("JPEG", "MPO")
+            and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANS * self.max_pixels
+        ):
+            raise too_large("the JPEG has too many scans for its size; save it again")
         # A JPEG's further pictures are previews and gain maps of the same photo: the first one is the photo.
         frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         if frames > 1:
             raise unprocessable(f"the image is animated ({frames} frames); send one frame")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says; one whose EXIF makes no sense stays as it lies."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        wide, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((wide.astype(np.uint32) >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

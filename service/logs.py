@@ -32,4 +32,6 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in ("PIL", "python_multipart"):  # at debug level they write what callers sent
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -39,8 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--data", default="cifar10", help=f".npz file, image folder, or {', '.join(DOWNLOADS)} (downloaded)")
     shared.add_argument("--image-size", type=int, default=32, help="side in pixels to which a folder's images are resized")
-    shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    shared.add_argument("--threads", type=int, default=0, help="CPU threads; default: all cores")
+    shared.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    shared.add_argument("--threads", type=_threads, default=0, help="CPU threads; default: all cores")
 
     run = argparse.ArgumentParser(add_help=False, parents=[shared])
     run.add_argument("--run", type=Path, required=True, help="run folder; the same folder resumes")
@@ -75,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(name: str) -> str:
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name} is not a device; write for example cpu or cuda:0") from error
+    return name
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of threads")
+    return int(text)
+
+
 def _run(options: argparse.Namespace) -> tuple[Recipe, Dataset, Path, torch.device, int]:
     recipe: Recipe = RECIPES[options.recipe]
     for assignment in options.settings:
@@ -101,8 +117,9 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _compact(options: argparse.Namespace) -> None:
-    train_all(*_run(options), options.out)
-    evaluate_checkpoint(options.out, _data(options), torch.device(options.device), options.n, options.seed, stamp=True)
+    recipe, dataset, run, device, seed = _run(options)
+    train_all(recipe, dataset, run, device, seed, options.out)
+    evaluate_checkpoint(options.out, dataset, device, options.n, seed, stamp=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+OPTIONAL_ARRAYS = ("test_inexact", "label_names")
 DOWNLOADS = ("cifar10", "cifar100", "svhn")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -46,7 +48,8 @@ class Dataset:
         train: The training split.
         test: The test split.
         label_names: One name per class.
-        digest: SHA-256 over both splits' pixels and labels.
+        digest: SHA-256 over the training split's pixels and labels.
+        test_digest: The same of the test split.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Dataset:
     test: Split
     label_names: tuple[str, ...]
     digest: str
+    test_digest: str
 
     def split_holdout(self, size: int) -> tuple[Split, Split]:
         """Return the training images without, and only, ``size`` held-out ones, always the same for the same data."""
@@ -89,18 +93,22 @@ def load_dataset(source: str, root: Path = Path("data"), size: int = 32) -> Data
 
 def _from_npz(path: Path) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            if missing:
-                raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(file.files)}")
-            arrays = {name: file[name] for name in ARRAYS}
-            if "test_inexact" in file:
-                for name in ("test_images", "test_labels"):
-                    arrays[name] = np.delete(arrays[name], file["test_inexact"], axis=0)
-            names = tuple(str(name) for name in file["label_names"]) if "label_names" in file else ()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
-    return _dataset(path.stem, arrays, names, str(path))
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*ARRAYS, *OPTIONAL_ARRAYS) if name in file}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(arrays)}")
+    inexact, names = arrays.pop("test_inexact", None), arrays.pop("label_names", np.array([], str))
+    if inexact is not None:
+        if inexact.dtype.kind not in "iu" or not ((inexact >= 0) & (inexact < len(arrays["test_labels"]))).all():
+            raise ValueError(f"{path}: test_inexact must hold positions among the {len(arrays['test_labels'])} test images")
+        for name in ("test_images", "test_labels"):
+            arrays[name] = np.delete(arrays[name], inexact, axis=0)
+    if names.ndim != 1:
+        raise ValueError(f"{path}: label_names must be (C,) names, not {names.shape}")
+    return _dataset(path.stem, arrays, tuple(str(name) for name in names), str(path))
 
 
 def _from_torchvision(name: str, root: Path) -> Dataset:
@@ -154,24 +162,26 @@ def _read_image(file: Path, size: int) -> np.ndarray:
 
 
 def _dataset(name: str, arrays: dict[str, Any], names: tuple[str, ...], where: str) -> Dataset:
-    digest = hashlib.sha256()
-    splits = {}
+    splits, digests = {}, {}
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         _check(part, images, labels, where)
-        digest.update(np.ascontiguousarray(images).data)
+        digest = hashlib.sha256(np.ascontiguousarray(images).data)
         digest.update(labels.astype("<i8").tobytes())
+        digests[part] = digest.hexdigest()
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         splits[part] = Split(pixels, torch.from_numpy(labels.astype(np.int64)))
     if splits["train"].images.shape[1:] != splits["test"].images.shape[1:]:
         raise ValueError(f"{where}: train and test images differ in size")
     classes = int(max(splits["train"].labels.max(), splits["test"].labels.max())) + 1
     names = names or tuple(str(i) for i in range(classes))
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: label_names must be different names, not {', '.join(names)}")
     if classes > len(names):
         raise ValueError(f"{where}: label {classes - 1} has no name; label_names has {len(names)}")
     if len(names) < 2 or len(splits["train"].labels.unique()) < 2:
         raise ValueError(f"{where}: train_labels hold a single class; a classifier needs at least two")
-    return Dataset(name, splits["train"], splits["test"], names, digest.hexdigest())
+    return Dataset(name, splits["train"], splits["test"], names, digests["train"], digests["test"])
 
 
 def _check(part: str, images: np.ndarray, labels: np.ndarray, where: str) -> None:

@@ -7,12 +7,14 @@ balancing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from model.mixture import Mixture, mix
 from training.attack import Attack, frozen_statistics, perturb
-from training.data import Split
+from training.data import Dataset
 from training.losses import expert_cross_entropy, load_balance, mixture_cross_entropy
 from training.measure import accuracy_under
 from training.recipe import Recipe
@@ -23,15 +25,14 @@ JOINT = "joint"
 
 
 def train_jointly(
-    mixture: Mixture, recipe: Recipe, train: Split, holdout: Split, folder: RunFolder, device: torch.device, seed: int
+    mixture: Mixture, recipe: Recipe, dataset: Dataset, folder: RunFolder, device: torch.device, seed: int
 ) -> Mixture:
     """Train a mixture of pre-trained experts end to end.
 
     Args:
         mixture: The mixture with pre-trained experts; trained in place.
         recipe: The recipe.
-        train: Training images without the held-out ones.
-        holdout: Held-out training images.
+        dataset: The data, of which some training images are held out.
         folder: Where the state is kept and resumed from.
         device: Where to train.
         seed: The run's seed.
@@ -39,6 +40,7 @@ def train_jointly(
     Returns:
         The mixture with averaged weights, in eval mode.
     """
+    train, holdout = dataset.split_holdout(recipe.holdout)
     mixture = mixture.to(device).to(memory_format=torch.channels_last)
 
     def loss(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Values]:
@@ -53,11 +55,16 @@ def train_jointly(
                 "robust": accuracy_under(averaged, part, Attack.pgd(8 / 255, 10, 2 / 255), device),
             }
 
-    settings = {**recipe.to_json(), "images": len(train), "seed": seed}
+    settings = joint_settings(recipe, dataset, seed)
     stage = Stage(JOINT, mixture, recipe.joint, loss, validate, seed * 1000 + 999, settings)
     averaged = run_stage(stage, train, folder, device)
     assert isinstance(averaged, Mixture)
     return averaged
+
+
+def joint_settings(recipe: Recipe, dataset: Dataset, seed: int) -> dict[str, Any]:
+    """Return what joint training's result depends on, as JSON values."""
+    return {"recipe": recipe.to_json(), "data_sha256": dataset.digest, "seed": seed}
 
 
 def joint_loss(

@@ -32,6 +32,8 @@ class Optimiser:
             (self._kernels if hidden else others).append(parameter)
         # torch.optim.Muon takes matrices only: give it views that share the kernels' storage.
         self._matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in self._kernels]
+        if any(m.data_ptr() != k.data_ptr() for m, k in zip(self._matrices, self._kernels, strict=True)):
+            raise ValueError("the module is not channels-last in memory: call to(memory_format=torch.channels_last) first")
         self._muon = torch.optim.Muon(
             self._matrices, lr=0.0, weight_decay=0.0, momentum=schedule.momentum, nesterov=True, ns_steps=4
         )

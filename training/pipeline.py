@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.checkpoint import Header, save_checkpoint
 from model.mixture import Mixture
 from training.data import Dataset
-from training.joint import JOINT, train_jointly
+from training.joint import JOINT, joint_settings, train_jointly
 from training.plots import plot_run
-from training.pretrain import expert_stage, pretrain_expert
+from training.pretrain import expert_schedule, expert_settings, expert_stage, pretrain_expert
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
+from training.stage import total_steps
 
 
 def pretrain(
@@ -22,25 +25,23 @@ def pretrain(
 ) -> None:
     """Train the recipe's experts (all, or those given) one after the other."""
     folder = _folder(recipe, dataset, run, seed)
-    train, holdout = dataset.split_holdout(recipe.holdout)
     for index in range(len(recipe.experts)) if experts is None else experts:
-        pretrain_expert(index, recipe, train, holdout, folder, device, seed)
+        pretrain_expert(index, recipe, dataset, folder, device, seed)
     plot_run(folder)
 
 
 def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int) -> Mixture:
     """Train gate and experts together, from the experts that :func:`pretrain` left in the run folder."""
     folder = _folder(recipe, dataset, run, seed)
-    train, holdout = dataset.split_holdout(recipe.holdout)
     torch.manual_seed(seed)
     mixture = Mixture(recipe.architecture)
     for index, expert in enumerate(mixture.experts):
-        saved = folder.load(expert_stage(index))
-        if saved is None:
-            raise ValueError(f"{run} has no expert {index}: run 'palisade-train pretrain' with this folder first")
+        settings = expert_settings(index, recipe, dataset, seed)
+        wanted = total_steps(expert_schedule(index, recipe), len(dataset.train) - recipe.holdout)
+        tensors = _finished(folder, expert_stage(index), settings, wanted, "pretrain")
         prefix = "ema/expert."
-        expert.load_state_dict({k.removeprefix(prefix): v for k, v in saved[0].items() if k.startswith(prefix)})
-    mixture = train_jointly(mixture, recipe, train, holdout, folder, device, seed)
+        expert.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    mixture = train_jointly(mixture, recipe, dataset, folder, device, seed)
     plot_run(folder)
     return mixture
 
@@ -48,18 +49,16 @@ def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, see
 def export(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, out: Path) -> Header:
     """Write the averaged weights of joint training as a checkpoint without metrics and return its header."""
     del device  # every command that works on a run takes the same arguments
-    saved = RunFolder(run).load(JOINT)
-    if saved is None:
-        raise ValueError(f"{run} has no joint training: run 'palisade-train joint' with this folder first")
-    tensors, counters = saved
+    steps = total_steps(recipe.joint, len(dataset.train) - recipe.holdout)
+    tensors = _finished(RunFolder(run), JOINT, joint_settings(recipe, dataset, seed), steps, "joint")
     mixture = Mixture(recipe.architecture)
     mixture.load_state_dict({k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")})
     header = Header(
         architecture=recipe.architecture,
         class_names=dataset.label_names,
         weights_sha256="",
-        recipe={**recipe.to_json(), "seed": seed, "joint_step": counters["step"], "git_revision": git_revision()},
-        data={"name": dataset.name, "sha256": dataset.digest, "held_out_training_images": recipe.holdout},
+        recipe={**recipe.to_json(), "seed": seed, "joint_steps": steps, "git_revision": git_revision()},
+        data={"name": dataset.name, "training_sha256": dataset.digest, "held_out_training_images": recipe.holdout},
     )
     return save_checkpoint(out, mixture, header)
 
@@ -69,6 +68,20 @@ def train_all(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device,
     pretrain(recipe, dataset, run, device, seed)
     joint(recipe, dataset, run, device, seed)
     return export(recipe, dataset, run, device, seed, out)
+
+
+def _finished(folder: RunFolder, stage: str, settings: dict[str, Any], steps: int, command: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a stage that came to its end with these settings; raise ``ValueError`` for any other."""
+    saved = folder.load(stage)
+    if saved is None:
+        raise ValueError(f"{folder.path} has no {stage}: run 'palisade-train {command}' with this folder first")
+    tensors, counters = saved
+    if counters["settings"] != json.loads(json.dumps(settings)):
+        raise ValueError(f"{folder.path}: {stage} was trained with other settings: give its recipe, --set, --data and --seed")
+    if counters["step"] < steps:
+        done = counters["step"]
+        raise ValueError(f"{folder.path}: {stage} is at step {done} of {steps}: finish it with 'palisade-train {command}'")
+    return tensors
 
 
 def _folder(recipe: Recipe, dataset: Dataset, run: Path, seed: int) -> RunFolder:

@@ -6,6 +6,7 @@ Source: arXiv 2512.20821, pre-training: one benign expert, four of the FGSM fami
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,10 @@ from torch import nn
 from model.architecture import Architecture
 from model.mixture import Mixture
 from training.attack import Attack, frozen_statistics, perturb
-from training.data import Split
+from training.data import Dataset, Split
 from training.losses import mixture_cross_entropy
 from training.measure import accuracy_under
-from training.recipe import ExpertRecipe, Recipe
+from training.recipe import ExpertRecipe, Recipe, Schedule
 from training.run_folder import RunFolder
 from training.stage import Stage, Values, run_stage
 
@@ -44,16 +45,32 @@ def expert_stage(index: int) -> str:
     return f"expert-{index}"
 
 
+def expert_schedule(index: int, recipe: Recipe) -> Schedule:
+    """Return expert ``index``'s schedule."""
+    return recipe.benign if recipe.experts[index].family == "benign" else recipe.pretrain
+
+
+def expert_settings(index: int, recipe: Recipe, dataset: Dataset, seed: int) -> dict[str, Any]:
+    """Return what expert ``index``'s weights depend on."""
+    return {
+        "architecture": recipe.architecture.to_json(),
+        "expert": asdict(recipe.experts[index]),
+        "schedule": asdict(expert_schedule(index, recipe)),
+        "data_sha256": dataset.digest,
+        "holdout": recipe.holdout,
+        "seed": seed,
+    }
+
+
 def pretrain_expert(
-    index: int, recipe: Recipe, train: Split, holdout: Split, folder: RunFolder, device: torch.device, seed: int
+    index: int, recipe: Recipe, dataset: Dataset, folder: RunFolder, device: torch.device, seed: int
 ) -> nn.Module:
     """Train one expert to the end of its schedule, or take it from the run folder when it is finished there.
 
     Args:
         index: Which of the recipe's experts, from 0.
         recipe: The recipe.
-        train: Training images without the held-out ones.
-        holdout: Held-out training images.
+        dataset: The data, of which some training images are held out.
         folder: Where the expert's state is kept and resumed from.
         device: Where to train.
         seed: The run's seed; each expert derives its own from it, so that they differ in start and in order of data.
@@ -61,11 +78,12 @@ def pretrain_expert(
     Returns:
         The expert with averaged weights, in eval mode.
     """
+    train, holdout = dataset.split_holdout(recipe.holdout)
     torch.manual_seed(seed * 1000 + index)
     network = Alone(Mixture(recipe.architecture).experts[0], recipe.architecture)
     network = network.to(device).to(memory_format=torch.channels_last)
     own = recipe.experts[index]
-    schedule = recipe.benign if own.family == "benign" else recipe.pretrain
+    schedule = expert_schedule(index, recipe)
     autocast = torch.autocast(device.type, torch.bfloat16)
 
     def loss(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Values]:
@@ -80,7 +98,7 @@ def pretrain_expert(
     def validate(averaged: nn.Module) -> Values:
         return _validate(averaged, own, holdout.take(slice(recipe.validation_images)), device)
 
-    settings = {"expert": asdict(own), "schedule": asdict(schedule), "images": len(train), "seed": seed}
+    settings = expert_settings(index, recipe, dataset, seed)
     stage = Stage(expert_stage(index), network, schedule, loss, validate, seed * 1000 + index, settings)
     averaged = run_stage(stage, train, folder, device)
     assert isinstance(averaged, Alone)

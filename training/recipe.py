@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model.architecture import PRESETS as ARCHITECTURES
 from model.architecture import Architecture
@@ -61,7 +61,7 @@ class Schedule:
         peak_lr: Highest learning rate of the one-cycle schedule.
         warmup: Share of the steps that climb linearly from 0 to the peak.
         final_lr: Learning rate of the last step, as a share of the peak; in between it falls linearly.
-        weight_decay: L2 penalty on every parameter.
+        weight_decay: L2 penalty on every parameter but the convolution kernels, which are held at a fixed norm.
         momentum: Nesterov momentum.
         ema_decay: Decay per step of the averaged weights that validation and export use; 0 turns averaging off.
         label_smoothing: Label smoothing of every cross-entropy.
@@ -76,6 +76,10 @@ class Schedule:
     momentum: float = 0.9
     ema_decay: float = 0.995
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.epochs <= 0:
+            raise ValueError(f"a schedule needs batch_size >= 1 and epochs > 0, not {self.batch_size} and {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,21 @@ class Recipe:
         name, _, text = assignment.partition("=")
         section, _, leaf = name.rpartition(".")
         target = getattr(self, section, None) if section else self
-        if not is_dataclass(target) or isinstance(target, type) or not hasattr(target, leaf) or not text:
+        types = get_type_hints(type(target)) if is_dataclass(target) else {}
+        if leaf not in types or not text:
             raise ValueError(f"'{assignment}' is not a setting; write for example joint.epochs=2 or holdout=500")
         before = getattr(target, leaf)
+        if is_dataclass(before):
+            raise ValueError(f"'{assignment}': set the parts of {name} one by one, as {name}.{fields(before)[0].name}=...")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{assignment}': the value is not JSON ({error})") from error
-        value = tuple(value) if isinstance(value, list) else value
-        numbers = isinstance(before, (int, float)) and isinstance(value, (int, float))
-        if not numbers and type(value) is not type(before):
-            raise ValueError(f"'{assignment}': expected a {type(before).__name__}, as {before!r}")
-        changes: dict[str, Any] = {section: replace(target, **{leaf: value})} if section else {leaf: value}
+            adapter: TypeAdapter[Any] = TypeAdapter(types[leaf], config=ConfigDict(strict=True, allow_inf_nan=False))
+            value = adapter.validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise ValueError(f"'{assignment}': {problem}; it is {before!r:.100} now") from error
+        changes: dict[str, Any] = {leaf: value}
+        if section:
+            changes = {section: replace(getattr(self, section), **changes)}
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def _compact() -> Recipe:
     )
     pretrain = Schedule(epochs=4, final_lr=0.1)
     benign = Schedule(epochs=4, final_lr=0.1)
-    joint = Schedule(epochs=3, peak_lr=0.02)
+    joint = Schedule(epochs=2, peak_lr=0.02)
     return Recipe("compact", ARCHITECTURES["compact"], experts, pretrain, benign, joint)
 
 

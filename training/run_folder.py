@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,8 +32,19 @@ class RunFolder:
 
     def log(self, stage: str, step: int, **values: float | str | list[float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a+") as file:
+            if self._cut_short(file):
+                file.write("\n")
             file.write(json.dumps({"time": _now(), "stage": stage, "step": step, **values}) + "\n")
+
+    @staticmethod
+    def _cut_short(file: TextIO) -> bool:
+        """Tell whether a kill left the last line without its end."""
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return False
+        file.seek(size - 1)
+        return file.read(1) != "\n"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every line logged so far; a line cut short by a kill is left out."""

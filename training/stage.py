@@ -60,6 +60,13 @@ def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.peak_lr * (1 - falling * (1 - schedule.final_lr))
 
 
+def total_steps(schedule: Schedule, images: int) -> int:
+    """Return the number of steps of a stage on ``images`` images; raise ``ValueError`` when they don't fill a batch."""
+    if images < schedule.batch_size:
+        raise ValueError(f"{images} training images do not fill one batch of {schedule.batch_size}: lower batch_size")
+    return math.ceil(schedule.epochs * (images // schedule.batch_size))
+
+
 def run_stage(stage: Stage, data: Split, folder: RunFolder, device: torch.device) -> nn.Module:
     """Train to the end of the schedule and return the averaged network, in eval mode.
 
@@ -68,9 +75,7 @@ def run_stage(stage: Stage, data: Split, folder: RunFolder, device: torch.device
     """
     schedule, module = stage.schedule, stage.module
     steps_per_epoch = len(data) // schedule.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"{len(data)} training images do not fill one batch of {schedule.batch_size}: lower batch_size")
-    steps = math.ceil(schedule.epochs * steps_per_epoch)
+    steps = total_steps(schedule, len(data))
     progress = _Progress(module, Optimiser(module, schedule), _averaged(module))
     first = progress.restore(folder, stage)
     generator = torch.Generator()
@@ -154,6 +159,8 @@ class _Progress:
     def roll_back(self) -> None:
         self.module.load_state_dict(self._best)
         self.ema.load_state_dict(self._best)
+        for momentum in self.optimiser.state().values():  # it points to where the collapse came from
+            momentum.zero_()
 
     def save(self, folder: RunFolder, stage: Stage, step: int) -> None:
         groups = {

@@ -1,0 +1,238 @@
+"""Quotas, with a fake clock."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.quota import (
+    Charge,
+    Level,
+    Limiter,
+    QuotaExceededError,
+    RequestTooLargeError,
+    Window,
+    parse_windows,
+    rate_limit_headers,
+)
+
+
+class FakeClock:
+    """Time that moves only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def limiter_of(text: str, max_callers: int = 100) -> tuple[Limiter, FakeClock]:
+    clock = FakeClock()
+    return Limiter(parse_windows(text), max_callers, clock), clock
+
+
+def remaining(limiter: Limiter, caller: str = "a") -> list[int]:
+    return [level.remaining for level in limiter.levels(caller)]
+
+
+def test_a_charge_counts_in_every_window() -> None:
+    limiter, _ = limiter_of("5/minute;20/day")
+    limiter.charge("a", 3)
+    assert remaining(limiter) == [2, 17]
+
+
+@pytest.mark.parametrize(("limits", "full"), [("5/minute;20/day", "minute"), ("20/minute;5/day", "day")])
+def test_a_refused_request_is_charged_nothing_in_any_window(limits: str, full: str) -> None:
+    limiter, _ = limiter_of(limits)
+    limiter.charge("a", 4)
+    before = remaining(limiter)
+    with pytest.raises(QuotaExceededError) as refusal:
+        limiter.charge("a", 2)
+    assert refusal.value.level.window.name == full
+    assert remaining(limiter) == before
+    limiter.charge("a", 1)  # what is left can still be used
+
+
+def test_of_several_full_windows_the_one_that_resets_last_is_named() -> None:
+    limiter, clock = limiter_of("5/day;5/minute;5/hour")
+    limiter.charge("a", 5)
+    clock.now += 10
+    with pytest.raises(QuotaExceededError) as refusal:
+        limiter.charge("a", 1)
+    assert refusal.value.level == Level(Window("day", 5, 86400), 0, 86390.0)
+
+
+def test_a_window_starts_anew_after_its_length_and_not_before() -> None:
+    limiter, clock = limiter_of("2/minute;100/day")
+    limiter.charge("a", 2)
+    clock.now += 59.9
+    with pytest.raises(QuotaExceededError) as refusal:
+        limiter.charge("a", 1)
+    assert refusal.value.level.reset_s == pytest.approx(0.1)
+    clock.now += 0.1
+    limiter.charge("a", 2)
+    assert remaining(limiter) == [0, 96]
+
+
+def test_a_window_is_counted_from_its_first_image() -> None:
+    limiter, clock = limiter_of("2/minute")
+    clock.now += 30
+    limiter.charge("a", 1)
+    clock.now += 45
+    limiter.charge("a", 1)
+    with pytest.raises(QuotaExceededError) as refusal:
+        limiter.charge("a", 1)
+    assert refusal.value.level.reset_s == pytest.approx(15)
+
+
+@pytest.mark.parametrize(("limits", "window"), [("5/minute;20/day", "minute"), ("50/minute;20/day", "day")])
+def test_a_request_that_no_window_could_ever_grant_says_so_and_is_charged_nothing(limits: str, window: str) -> None:
+    limiter, _ = limiter_of(limits)
+    limiter.charge("a", 1)
+    before = remaining(limiter)
+    with pytest.raises(RequestTooLargeError) as refusal:
+        limiter.charge("a", 21)
+    assert refusal.value.window.name == window
+    assert remaining(limiter) == before
+
+
+def test_callers_do_not_share_a_quota() -> None:
+    limiter, _ = limiter_of("2/minute")
+    limiter.charge("a", 2)
+    limiter.charge("b", 2)
+    with pytest.raises(QuotaExceededError):
+        limiter.charge("a", 1)
+    assert remaining(limiter, "c") == [2]
+
+
+def test_a_refund_gives_back_what_was_charged_in_every_window() -> None:
+    limiter, _ = limiter_of("5/minute;20/day")
+    limiter.charge("a", 1)
+    limiter.refund(limiter.charge("a", 3))
+    assert remaining(limiter) == [4, 19]
+
+
+def test_a_refund_never_credits_a_window_that_started_later() -> None:
+    limiter, clock = limiter_of("5/minute;20/day")
+    late = limiter.charge("a", 3)
+    clock.now += 60
+    limiter.charge("a", 4)
+    limiter.refund(late)
+    assert remaining(limiter) == [1, 16]
+
+
+def test_a_refund_to_a_forgotten_caller_changes_nothing() -> None:
+    limiter, clock = limiter_of("5/minute", max_callers=1)
+    charge = limiter.charge("a", 3)
+    limiter.charge("b", 1)
+    limiter.refund(charge)
+    clock.now += 1
+    limiter.charge("a", 5)
+    assert remaining(limiter) == [0]
+
+
+def test_beyond_the_bound_the_caller_that_was_quiet_longest_is_forgotten() -> None:
+    limiter, _ = limiter_of("5/minute", max_callers=2)
+    limiter.charge("a", 4)
+    limiter.charge("b", 4)
+    limiter.charge("a", 1)  # now b is quiet for longer
+    limiter.charge("c", 3)
+    assert remaining(limiter, "a") == [0]
+    assert remaining(limiter, "b") == [5]
+    assert remaining(limiter, "c") == [2]
+
+
+def test_asking_for_levels_charges_nothing_and_remembers_nobody() -> None:
+    limiter, _ = limiter_of("5/minute", max_callers=1)
+    limiter.charge("a", 5)
+    assert remaining(limiter, "b") == [5]
+    assert remaining(limiter, "a") == [0]
+
+
+def test_without_windows_nobody_is_refused() -> None:
+    limiter, _ = limiter_of("")
+    limiter.refund(limiter.charge("a", 10**9))
+    assert limiter.levels("a") == []
+
+
+def test_a_list_of_windows_is_parsed() -> None:
+    windows = parse_windows(" 60 / minute ; 2000/day;1/second;7/hour; ")
+    assert windows == (Window("minute", 60, 60), Window("day", 2000, 86400), Window("second", 1, 1), Window("hour", 7, 3600))
+    assert parse_windows("") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["oops", "60", "60/", "/minute", "0/minute", "-1/minute", "1.5/minute", "60/week", "60/minutes", "60 per minute",
+     "60/minute,5/day", "٣/minute", "60/minute;x", "1000000000000000/day"],
+)  # fmt: skip
+def test_a_text_that_is_no_list_of_windows_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="60/minute;2000/day"):
+        parse_windows(text)
+
+
+def test_a_unit_may_not_come_twice() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        parse_windows("60/minute;5/minute")
+
+
+def test_the_headers_say_what_the_quota_is_and_what_is_left_of_it() -> None:
+    levels = [Level(Window("minute", 60, 60), 12, 7.6), Level(Window("day", 2000, 86400), 0, 86400.0)]
+    assert rate_limit_headers(levels) == {
+        "RateLimit-Policy": '"minute";q=60;w=60, "day";q=2000;w=86400',
+        "RateLimit": '"minute";r=12;t=8, "day";r=0;t=86400',
+    }
+    assert rate_limit_headers([]) == {}
+
+
+def test_the_headers_never_hold_a_negative_time() -> None:
+    headers = rate_limit_headers([Level(Window("second", 1, 1), 0, -0.7)])
+    assert re.search(r"t=0\b", headers["RateLimit"])
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("charge"), st.integers(1, 12)),
+        st.tuples(st.just("refund"), st.integers(0, 50)),
+        st.tuples(st.just("wait"), st.integers(1, 100)),
+    ),
+    max_size=60,
+)
+
+
+@given(actions=actions, minute=st.integers(1, 20), hour=st.integers(1, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_window_never_grants_more_than_its_quota_and_never_refuses_what_fits(
+    actions: list[tuple[str, int]], minute: int, hour: int
+) -> None:
+    limiter, clock = limiter_of(f"{minute}/minute;{hour}/hour")
+    starts: dict[str, float] = {}  # kept by the test: when each window began
+    granted: list[tuple[float, Charge]] = []
+    for action, amount in actions:
+        if action == "wait":
+            clock.now += amount
+        elif action == "refund" and granted:
+            limiter.refund(granted.pop(amount % len(granted))[1])
+        elif action == "charge":
+            room = []
+            for window in limiter.windows:
+                start = starts.get(window.name)
+                if start is None or clock.now - start >= window.seconds:
+                    room.append(window.quota)
+                else:
+                    room.append(window.quota - sum(c.images for when, c in granted if when >= start))
+            try:
+                charge = limiter.charge("a", amount)
+            except (QuotaExceededError, RequestTooLargeError):
+                assert amount > min(room)
+                continue
+            assert amount <= min(room)
+            granted.append((clock.now, charge))
+            for window in limiter.windows:
+                start = starts.get(window.name)
+                if start is None or clock.now - start >= window.seconds:
+                    starts[window.name] = clock.now

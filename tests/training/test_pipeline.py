@@ -1,0 +1,247 @@
+"""The commands that train, from data to checkpoint, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import training.pretrain
+import training.stage
+from model.checkpoint import load_checkpoint, read_header
+from training.cli import main
+from training.data import load_dataset
+from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from tests.training.conftest import TinyRun
+
+STAGES = [*(f"expert-{index}" for index in range(9)), "joint"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Run a command that must fail with one line for a person (after progress bars, if any), and return that line."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    *bars, message, end = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert end == ""
+    assert message.startswith("palisade-train: ")
+    assert all("%|" in bar for bar in bars if bar)
+    return message
+
+
+def same(one: Path, other: Path) -> bool:
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_the_checkpoint_loads_and_says_what_it_was_made_of(tiny_run: TinyRun) -> None:
+    header, dataset = read_header(tiny_run.checkpoint), load_dataset(str(tiny_run.data))
+    assert header.class_names == ("red", "green", "blue")
+    assert (header.architecture.width, header.architecture.height, header.architecture.num_experts) == (4, 8, 9)
+    assert header.data == {"name": "colours", "training_sha256": dataset.digest, "held_out_training_images": 10}
+    assert header.recipe["seed"] == 0
+    assert header.recipe["joint_steps"] == 2
+    assert header.recipe["joint"]["batch_size"] == 16
+    assert header.recipe["git_revision"]
+    log_probs = load_checkpoint(tiny_run.checkpoint)(dataset.test.images[:4].float() / 255)
+    torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(4))
+
+
+def test_the_header_is_stamped_with_figures_and_how_they_were_measured(tiny_run: TinyRun) -> None:
+    header = read_header(tiny_run.checkpoint)
+    metrics = header.metrics
+    assert metrics["checkpoint_sha256"] == header.weights_sha256
+    assert (metrics["n"], metrics["seed"], metrics["precision"]) == (24, 0, "float32")
+    assert metrics["data"]["test_sha256"] == load_dataset(str(tiny_run.data)).test_digest
+    pgd = metrics["attacks"]["PGD-10"]
+    assert (pgd["epsilon"], pgd["steps"], pgd["step_size"], pgd["restarts"]) == (8 / 255, 10, 2 / 255, 1)
+    test = load_dataset(str(tiny_run.data)).test
+    right = load_checkpoint(tiny_run.checkpoint)(test.images.float() / 255).argmax(dim=1) == test.labels
+    assert metrics["accuracy"]["mixture"]["clean"]["percent"] == pytest.approx(100 * right.float().mean().item(), abs=0.01)
+
+
+def test_the_run_folder_holds_configuration_log_states_and_plots(tiny_run: TinyRun) -> None:
+    names = {path.name for path in tiny_run.folder.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "robust.png",
+        "gate.png",
+        *(f"{stage}.safetensors" for stage in STAGES),
+    }
+    for plot in ("loss.png", "robust.png", "gate.png"):
+        assert (tiny_run.folder / plot).read_bytes().startswith(b"\x89PNG")
+    config = json.loads((tiny_run.folder / "config.json").read_text())
+    assert config["settings"]["recipe"]["holdout"] == 10
+    rows = RunFolder(tiny_run.folder).metrics()
+    assert {row["stage"] for row in rows} == set(STAGES)
+    assert all("holdout_robust" in row for row in rows if row["stage"] == "joint" and "holdout_clean" in row)
+    assert not any("holdout_robust" in row for row in rows if row["stage"] == "expert-0")  # benign: clean images only
+
+
+def test_exporting_again_gives_the_same_weights(tiny_run: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "again.safetensors"
+    assert main(["export", *tiny_run.arguments(tiny_run.folder), "--out", str(out)]) == 0
+    assert read_header(out).weights_sha256 == read_header(tiny_run.checkpoint).weights_sha256
+    assert read_header(out).metrics == {}
+
+
+def test_one_expert_can_be_trained_alone_and_comes_out_as_in_the_whole_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    assert main(["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1"]) == 0
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["expert-1.safetensors"]
+    assert same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
+    assert {row["stage"] for row in RunFolder(tmp_path).metrics()} == {"expert-1"}
+
+
+def test_another_seed_gives_another_expert(tiny_run: TinyRun, tmp_path: Path) -> None:
+    assert main(["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", "--seed", "1"]) == 0
+    assert not same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
+
+
+@pytest.mark.parametrize("experts", ["99", "9", "0,9", "one", "1.5", "=-1"])
+def test_experts_that_do_not_exist_are_refused(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], experts: str
+) -> None:
+    option = [f"--experts{experts}"] if experts.startswith("=") else ["--experts", experts]
+    message = refusal(capsys, ["pretrain", *tiny_run.arguments(tmp_path), *option])
+    assert f"--experts {experts.removeprefix('=')}" in message
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make Ctrl-C arrive in the middle of training step ``step`` of the next stage, whose every step is saved."""
+    loss, calls = training.pretrain.mixture_cross_entropy, iter(range(1000))
+
+    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(training.stage, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training.pretrain, "mixture_cross_entropy", interrupted)
+
+
+def test_an_interrupted_command_says_so_and_the_same_command_finishes_it(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_in_step(patch, 1)
+        assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
+    assert main(command) == 0
+    assert same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
+
+
+def test_joint_training_without_experts_is_refused(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, ["joint", *tiny_run.arguments(tmp_path)])
+    assert "no expert-0" in message
+    assert "palisade-train pretrain" in message
+
+
+def copy_of(run: TinyRun, folder: Path, *stages: str) -> Path:
+    """Return a copy of the run folder that holds only these stages."""
+    shutil.copytree(run.folder, folder)
+    for path in folder.glob("*.safetensors"):
+        if path.stem not in stages:
+            path.unlink()
+    return folder
+
+
+def test_joint_training_names_the_expert_that_is_missing(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(tiny_run, tmp_path / "run", *STAGES[:4], *STAGES[5:9])
+    assert "no expert-4" in refusal(capsys, ["joint", *tiny_run.arguments(folder)])
+
+
+def test_joint_training_refuses_an_expert_whose_training_was_cut_short(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(tiny_run, tmp_path / "run", *STAGES[:4], *STAGES[5:9])
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_in_step(patch, 1)
+        assert main(["pretrain", *tiny_run.arguments(folder), "--experts", "4"]) == 130
+    assert "expert-4" in refusal(capsys, ["joint", *tiny_run.arguments(folder)])
+
+
+def test_exporting_before_joint_training_is_refused(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    message = refusal(capsys, ["export", *tiny_run.arguments(tmp_path / "run"), "--out", str(out)])
+    assert "palisade-train joint" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "joint", "export"])
+@pytest.mark.parametrize("setting", ["architecture.width=8", "pretrain.peak_lr=0.5"])
+def test_a_run_folder_is_not_mixed_with_other_settings(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, setting: str
+) -> None:
+    folder = copy_of(tiny_run, tmp_path / "run", *STAGES)
+    out = ["--out", str(tmp_path / "out.safetensors")] if command == "export" else []
+    message = refusal(capsys, [command, *tiny_run.arguments(folder), "--set", setting, *out])
+    assert "other settings" in message
+
+
+@pytest.mark.parametrize("command", ["pretrain", "joint", "export"])
+def test_a_run_folder_is_not_mixed_with_other_data(
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    other_colours: dict[str, np.ndarray],
+    command: str,
+) -> None:
+    folder = copy_of(tiny_run, tmp_path / "run", *STAGES)
+    np.savez(tmp_path / "other.npz", **other_colours)
+    out = ["--out", str(tmp_path / "out.safetensors")] if command == "export" else []
+    refusal(capsys, [command, *tiny_run.arguments(folder, data=tmp_path / "other.npz"), *out])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--set", "nonsense=1"], "nonsense=1"),
+        (["--set", "joint.epochs=soon"], "joint.epochs=soon"),
+        (["--set", "holdout=42"], "hold out 42 of 42"),
+        (["--set", "pretrain.batch_size=33"], "do not fill one batch of 33"),
+        (["--data", "nowhere.npz"], "nowhere.npz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_that_cannot_work_fails_with_one_line(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], named: str
+) -> None:
+    assert named in refusal(capsys, ["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", *change])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["joint"],
+        ["compact", "--run", "x"],
+        ["joint", "--nonsense"],
+        ["evaluate", "--data", "nowhere.npz", "--device", "nonsense"],
+        ["evaluate", "--data", "nowhere.npz", "--threads", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: palisade-train" in capsys.readouterr().err
