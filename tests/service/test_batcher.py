@@ -272,6 +272,21 @@ async def test_a_failing_engine_fails_its_batch_only() -> None:
         assert values(await fine) == [3]
 
 
+async def test_an_engine_that_answers_too_little_fails_its_batch_and_not_the_loop() -> None:
+    async with Bench() as bench:
+        honest = bench.engine.__call__
+
+        async def forgetful(images: np.ndarray) -> np.ndarray:
+            return (await honest(images))[:-1]
+
+        bench.batcher._engine = forgetful
+        with pytest.raises(Problem) as refusal:
+            await bench.send(1, 2)
+        assert refusal.value.status == 503
+        bench.batcher._engine = honest
+        assert values(await bench.send(3)) == [3]
+
+
 async def test_a_split_request_that_fails_in_part_does_not_send_the_rest() -> None:
     async with Bench(batch=2, automatic=False) as bench:
         doomed = bench.send(1, 2, 3, 4)

@@ -45,7 +45,7 @@ def test_a_lossy_format_arrives_almost_as_it_was(kind: str) -> None:
     np.testing.assert_allclose(DECODER.decode(encode(picture, kind)).astype(int), pixels(picture).astype(int), atol=4)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 300), (999, 1000), (33, 31), (1_000_000, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (999, 1000), (33, 31), (60_000, 1)])
 def test_any_size_is_resized_and_keeps_its_colours(size: tuple[int, int]) -> None:
     decoded = DECODER.decode(encode(Image.new("RGB", size, (10, 200, 90))))
     np.testing.assert_array_equal(decoded, np.broadcast_to(np.array([[[10]], [[200]], [[90]]]), (3, 32, 32)))
@@ -168,6 +168,30 @@ def test_the_largest_image_is_taken_and_one_pixel_more_is_not() -> None:
     decoder = Decoder(height=32, width=32, max_bytes=100_000, max_pixels=64 * 64)
     assert decoder.decode(encode(noise(0, 64, 64))).shape == (3, 32, 32)
     assert refusal(encode(Image.new("RGB", (4097, 1))), decoder).status == 413
+
+
+def test_an_image_of_too_long_a_side_is_a_413_however_few_its_pixels() -> None:
+    problem = refusal(encode(Image.new("L", (65_536, 1))))
+    assert problem.status == 413
+    assert "65536 x 1" in problem.detail
+
+
+def test_a_progressive_jpeg_is_taken_and_one_padded_with_scans_is_a_413() -> None:
+    photo = encode(noise(0, 400, 400), "JPEG", progressive=True)
+    assert DECODER.decode(photo).shape == (3, 32, 32)
+    last_scan = photo[photo.rindex(b"\xff\xda") : -2]
+    padded = photo[:-2] + last_scan * 150 + photo[-2:]
+    generous = Decoder(height=32, width=32, max_bytes=10 * len(padded), max_pixels=1_000_000)
+    problem = refusal(padded, generous)
+    assert problem.status == 413
+    assert "scans" in problem.detail
+
+
+def test_decoding_stops_when_nobody_waits_any_more() -> None:
+    answers = iter([False, True])
+    with pytest.raises(Problem) as caught:
+        DECODER.decode_all([encode(noise(0)), b"never looked at"], lambda: next(answers))
+    assert caught.value.status == 504
 
 
 def test_an_image_of_too_many_bytes_is_a_413() -> None:

@@ -52,6 +52,11 @@ def test_kernels_are_set_to_the_root_of_their_outputs_in_length_and_keep_their_d
     assert torch.equal(network.head.weight, before.head.weight)
 
 
+def test_a_network_whose_kernels_would_not_be_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="channels-last"):
+        Optimiser(ResNet18(width=8, num_classes=3), SCHEDULE)
+
+
 def test_kernels_keep_their_storage_and_memory_format(network: nn.Module) -> None:
     places = [kernel.data_ptr() for kernel in hidden_kernels(network)]
     train(network, Optimiser(network, SCHEDULE), range(2))

@@ -86,7 +86,7 @@ def read(recipe: Recipe, name: str) -> object:
     ("assignment", "value"),
     [
         ("holdout=500", 500),
-        ("joint.epochs=2", 2),
+        ("joint.epochs=7", 7),
         ("pretrain.epochs=0.5", 0.5),
         ("loss.balance=0", 0),
         ("loss.experts=0.25", 0.25),
