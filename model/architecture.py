@@ -34,8 +34,9 @@ class Architecture:
     std: tuple[float, float, float] = CIFAR10_STD
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_experts", "gate_width"):
+        for name in ("width", "gate_width"):
             _require_int(name, getattr(self, name), 1, 1024)
+        _require_int("num_experts", self.num_experts, 1, 64)
         _require_int("num_classes", self.num_classes, 2, 100_000)
         _require_int("height", self.height, 8, 1024)
         _require_int("input_width", self.input_width, 8, 1024)

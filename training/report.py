@@ -146,7 +146,9 @@ def _best_expert(
     _, holdout = dataset.split_holdout(held_out)
     part = holdout.take(slice(SELECTION_IMAGES))
     experts = tqdm([n for n in networks if n.startswith("expert")], desc="choose single expert", dynamic_ncols=True)
-    robust = {name: correct_under(networks[name], part, ATTACKS["PGD-10"], device, seed).sum().item() for name in experts}
+    robust: dict[str, float] = {
+        name: correct_under(networks[name], part, ATTACKS["PGD-10"], device, seed).sum().item() for name in experts
+    }
     return max(robust, key=robust.__getitem__)
 
 

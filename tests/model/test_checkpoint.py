@@ -174,6 +174,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "too few class names": (header_with(class_names=["a", "b"]), "class_names"),
     "too many class names": (header_with(class_names=["a", "b", "c", "d"]), "class_names"),
     "the same class twice": (header_with(class_names=["a", "b", "a"]), "class_names"),
+    "half a character as a class name": (header_with(class_names=["a", "b", "\ud800"]), "class_names"),
     "numbers as class names": (header_with(class_names=[0, 1, 2]), "class_names"),
     "class names as text": (header_with(class_names="abc"), "class_names"),
     "an unknown header field": (header_with(pickle="x"), "pickle"),
