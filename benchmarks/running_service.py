@@ -34,12 +34,22 @@ def running_service(**settings: object) -> Iterator[RunningService]:
     environment = {**os.environ, "PALISADE_PORT": "0", "PALISADE_METRICS_PORT": "0", "PALISADE_LOG_LEVEL": "info"}
     environment |= {f"PALISADE_{name.upper()}": str(value) for name, value in settings.items()}
     command = [sys.executable, "-m", "service.cli", "run"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        yield RunningService(_address(process), process)
-    finally:
-        process.terminate()
-        process.wait(30)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = _address(process)
+            reader = threading.Thread(target=_read_on, args=(process,))
+            reader.start()
+            yield RunningService(address, process)
+        finally:
+            process.terminate()
+            process.wait(30)
+        reader.join()
+
+
+def _read_on(process: subprocess.Popen[str]) -> None:
+    """Keep the log's pipe from filling up, which would stop the service."""
+    for _ in process.stderr or ():
+        pass
 
 
 def _address(process: subprocess.Popen[str]) -> str:
@@ -49,6 +59,5 @@ def _address(process: subprocess.Popen[str]) -> str:
         seen.append(line)
         match = re.search(r"Uvicorn running on (http://[\d.:]+)", line)
         if match:
-            threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
             return match[1]
     raise RuntimeError("the service stopped before it listened:\n" + "".join(seen))

@@ -131,6 +131,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> Head
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     save_file(tensors, scratch, {METADATA_KEY: json.dumps(values)})
+    scratch.chmod(0o644)  # save_file leaves it to its owner alone; the service may run as somebody else
     os.replace(scratch, path)
     return read_header(path)
 

@@ -55,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run_command=_pretrain)
 
     command = commands.add_parser("joint", parents=[run], help="stage 2: train gate and experts together")
-    command.set_defaults(run_command=lambda o: joint(*_run(o)))
+    command.add_argument("--init", metavar="CHECKPOINT", help="go on from this instead of the run folder's experts")
+    command.set_defaults(run_command=lambda o: joint(*_run(o), o.init))
 
     command = commands.add_parser("export", parents=[run], help="write the trained mixture as a checkpoint")
     command.add_argument("--out", type=Path, required=True)
-    command.set_defaults(run_command=lambda o: print(export(*_run(o), o.out)))
+    command.add_argument("--init", metavar="CHECKPOINT", help="what joint training was given")
+    command.set_defaults(run_command=lambda o: print(export(*_run(o), o.out, o.init)))
 
     command = commands.add_parser("compact", parents=[run], help="everything: pretrain, joint, export, evaluate")
     command.add_argument("--out", type=Path, required=True)

@@ -25,7 +25,13 @@ JOINT = "joint"
 
 
 def train_jointly(
-    mixture: Mixture, recipe: Recipe, dataset: Dataset, folder: RunFolder, device: torch.device, seed: int
+    mixture: Mixture,
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: RunFolder,
+    device: torch.device,
+    seed: int,
+    went_on_from: str | None = None,
 ) -> Mixture:
     """Train a mixture of pre-trained experts end to end.
 
@@ -36,6 +42,7 @@ def train_jointly(
         folder: Where the state is kept and resumed from.
         device: Where to train.
         seed: The run's seed.
+        went_on_from: Digest of the checkpoint that the mixture comes from, if it does.
 
     Returns:
         The mixture with averaged weights, in eval mode.
@@ -55,16 +62,17 @@ def train_jointly(
                 "robust": accuracy_under(averaged, part, Attack.pgd(8 / 255, 10, 2 / 255), device),
             }
 
-    settings = joint_settings(recipe, dataset, seed)
+    settings = joint_settings(recipe, dataset, seed, went_on_from)
     stage = Stage(JOINT, mixture, recipe.joint, loss, validate, seed * 1000 + 999, settings)
     averaged = run_stage(stage, train, folder, device)
     assert isinstance(averaged, Mixture)
     return averaged
 
 
-def joint_settings(recipe: Recipe, dataset: Dataset, seed: int) -> dict[str, Any]:
+def joint_settings(recipe: Recipe, dataset: Dataset, seed: int, went_on_from: str | None) -> dict[str, Any]:
     """Return what joint training's result depends on, as JSON values."""
-    return {"recipe": recipe.to_json(), "data_sha256": dataset.digest, "seed": seed}
+    settings = {"recipe": recipe.to_json(), "data_sha256": dataset.digest, "seed": seed}
+    return settings if went_on_from is None else {**settings, "went_on_from": went_on_from}
 
 
 def joint_loss(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Header, save_checkpoint
+from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoint
 from model.mixture import Mixture
 from training.data import Dataset
 from training.joint import JOINT, joint_settings, train_jointly
@@ -30,9 +30,34 @@ def pretrain(
     plot_run(folder)
 
 
-def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int) -> Mixture:
-    """Train gate and experts together, from the experts that :func:`pretrain` left in the run folder."""
+def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, init: str | None = None) -> Mixture:
+    """Train gate and experts together, from the experts that :func:`pretrain` left in the run folder or from a checkpoint.
+
+    Args:
+        recipe: The recipe.
+        dataset: The data.
+        run: The run folder.
+        device: Where to train.
+        seed: The run's seed.
+        init: A checkpoint to go on from; ``None`` takes the run folder's experts and a new gate.
+
+    Raises:
+        ValueError: There is nothing to start from, or it does not fit the recipe.
+    """
     folder = _folder(recipe, dataset, run, seed)
+    if init is None:
+        mixture = _assemble(recipe, dataset, folder, seed)
+    else:
+        mixture = load_checkpoint(init).requires_grad_(True)
+        if mixture.architecture != recipe.architecture:
+            raise ValueError(f"{init} has the {mixture.architecture}, the recipe the {recipe.architecture}")
+    mixture = train_jointly(mixture, recipe, dataset, folder, device, seed, init and read_header(init).weights_sha256)
+    plot_run(folder)
+    return mixture
+
+
+def _assemble(recipe: Recipe, dataset: Dataset, folder: RunFolder, seed: int) -> Mixture:
+    """Return a mixture of the run folder's finished experts and an untrained gate."""
     torch.manual_seed(seed)
     mixture = Mixture(recipe.architecture)
     for index, expert in enumerate(mixture.experts):
@@ -41,23 +66,33 @@ def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, see
         tensors = _finished(folder, expert_stage(index), settings, wanted, "pretrain")
         prefix = "ema/expert."
         expert.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    mixture = train_jointly(mixture, recipe, dataset, folder, device, seed)
-    plot_run(folder)
     return mixture
 
 
-def export(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, out: Path) -> Header:
-    """Write the averaged weights of joint training as a checkpoint without metrics and return its header."""
+def export(
+    recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, out: Path, init: str | None = None
+) -> Header:
+    """Write the averaged weights of joint training as a checkpoint without metrics and return its header.
+
+    ``init`` is what :func:`joint` was given.
+    """
     del device  # every command that works on a run takes the same arguments
     steps = total_steps(recipe.joint, len(dataset.train) - recipe.holdout)
-    tensors = _finished(RunFolder(run), JOINT, joint_settings(recipe, dataset, seed), steps, "joint")
+    went_on_from = init and read_header(init).weights_sha256
+    tensors = _finished(RunFolder(run), JOINT, joint_settings(recipe, dataset, seed, went_on_from), steps, "joint")
     mixture = Mixture(recipe.architecture)
     mixture.load_state_dict({k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")})
     header = Header(
         architecture=recipe.architecture,
         class_names=dataset.label_names,
         weights_sha256="",
-        recipe={**recipe.to_json(), "seed": seed, "joint_steps": steps, "git_revision": git_revision()},
+        recipe={
+            **recipe.to_json(),
+            "seed": seed,
+            "joint_steps": steps,
+            "went_on_from_sha256": went_on_from,
+            "git_revision": git_revision(),
+        },
         data={"name": dataset.name, "training_sha256": dataset.digest, "held_out_training_images": recipe.holdout},
     )
     return save_checkpoint(out, mixture, header)

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from model.checkpoint import Header, load_checkpoint, read_header, replace_metrics, resolve
+from model.fast import fold_batch_norms
 from model.mixture import Mixture, mix
 from training.attack import Attack, LogProbs
 from training.data import Dataset, Split
@@ -63,7 +64,8 @@ def evaluate_checkpoint(
         ValueError: Data and checkpoint do not fit.
     """
     header = read_header(checkpoint)
-    mixture = load_checkpoint(checkpoint, device).to(memory_format=torch.channels_last)
+    # Folding is exact but for rounding, and attacks take a third less time.
+    mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     _check_fit(header, dataset)
     torch.backends.cudnn.allow_tf32 = False  # attacks in float32, also on a GPU
     test = _subset(dataset.test, n, seed)

@@ -245,3 +245,25 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         main(arguments)
     assert stop.value.code == 2
     assert "usage: palisade-train" in capsys.readouterr().err
+
+
+def test_joint_training_goes_on_from_a_checkpoint(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, out = ["--init", str(tiny_run.checkpoint)], tmp_path / "more.safetensors"
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--set", "joint.epochs=1"]
+    assert main(["joint", *arguments, *init]) == 0
+    assert "other settings" in refusal(capsys, ["export", *arguments, "--out", str(out)])  # it was trained with --init
+    assert main(["export", *arguments, *init, "--out", str(out)]) == 0
+    before, after = read_header(tiny_run.checkpoint), read_header(out)
+    assert after.recipe["went_on_from_sha256"] == before.weights_sha256 != after.weights_sha256
+    assert before.recipe["went_on_from_sha256"] is None
+
+
+def test_a_checkpoint_of_another_architecture_is_no_start(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--set", "architecture.width=5"]
+    message = refusal(capsys, ["joint", *arguments, "--init", str(tiny_run.checkpoint)])
+    assert "width=4" in message
+    assert "width=5" in message
