@@ -47,6 +47,7 @@ def plot_evaluation(results: dict[str, Any], path: Path) -> None:
         errors = [[h - c["low"] for h, c in zip(heights, cells, strict=True)], [c["high"] - c["percent"] for c in cells]]
         places = [i + (position - (len(attacks) - 1) / 2) * 0.8 / len(attacks) for i in range(len(networks))]
         axes.bar(places, heights, width=0.8 / len(attacks), yerr=errors, label=attack, capsize=2)
+    axes.set_ylim(0, 100)
     axes.set_xticks(range(len(networks)), networks, rotation=30, ha="right")
     _finish(figure, axes, "", f"accuracy in %, n = {results['n']}", path)
 
