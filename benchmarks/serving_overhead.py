@@ -87,18 +87,8 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:22s} {value}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "serving_overhead",
-                "connections": options.connections,
-                "rounds": options.rounds,
-                "seconds_per_round": SECONDS,
-                "hardware": describe(),
-                **result,
-            }
-        )
-    )
+    how = {"connections": options.connections, "rounds": options.rounds, "seconds_per_round": SECONDS}
+    print(json.dumps({"benchmark": "serving_overhead", **how, "hardware": describe(), **result}))
 
 
 def write_load(folder: Path) -> Path:

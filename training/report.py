@@ -75,19 +75,7 @@ def evaluate_checkpoint(
         name: {attack: correct_under(network, test, what, device, seed) for attack, what in ATTACKS.items()}
         for name, network in tqdm(networks.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
-    results = {
-        "checkpoint_sha256": header.weights_sha256,
-        "data": {"name": dataset.name, "test_sha256": dataset.test_digest},
-        "n": len(test),
-        "seed": seed,
-        "precision": "float32",
-        "top_k": header.top_k,
-        "attacks": {name: _describe(attack) for name, attack in ATTACKS.items()},
-        "accuracy": {name: {a: _interval(c) for a, c in row.items()} for name, row in correct.items()},
-        "best_single_expert": best and {"name": best, "chosen_on": f"{SELECTION_IMAGES} held-out training images, PGD-10"},
-        "paired_tests": _paired_tests(correct, best),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(device)},
-    }
+    results = _record(header, dataset, len(test), seed, correct, best, device)
     print(table(results))
     if json_path:
         json_path.write_text(json.dumps(results, indent=2) + "\n")
@@ -98,6 +86,31 @@ def evaluate_checkpoint(
     if stamp:
         replace_metrics(resolve(checkpoint), results)
     return results
+
+
+def _record(
+    header: Header,
+    dataset: Dataset,
+    n: int,
+    seed: int,
+    correct: dict[str, dict[str, torch.Tensor]],
+    best: str | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the figures with everything that says how they were measured."""
+    return {
+        "checkpoint_sha256": header.weights_sha256,
+        "data": {"name": dataset.name, "test_sha256": dataset.test_digest},
+        "n": n,
+        "seed": seed,
+        "precision": "float32",
+        "top_k": header.top_k,
+        "attacks": {name: _describe(attack) for name, attack in ATTACKS.items()},
+        "accuracy": {name: {a: _interval(c) for a, c in row.items()} for name, row in correct.items()},
+        "best_single_expert": best and {"name": best, "chosen_on": f"{SELECTION_IMAGES} held-out training images, PGD-10"},
+        "paired_tests": _paired_tests(correct, best),
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(device)},
+    }
 
 
 def table(results: dict[str, Any]) -> str:
