@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
+
+from model.backbone import Activation
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -22,6 +24,7 @@ class Architecture:
         input_width: Input width ``W`` in pixels.
         mean: Per-channel mean that the model subtracts from images in ``[0, 1]``.
         std: Per-channel standard deviation that the model divides by.
+        activation: The experts' activation, ``relu`` or ``silu``.
     """
 
     width: int
@@ -32,6 +35,7 @@ class Architecture:
     input_width: int = 32
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         for name in ("width", "gate_width"):
@@ -48,6 +52,8 @@ class Architecture:
             object.__setattr__(self, name, tuple(float(v) for v in value))
         if min(self.std) < 1e-6:
             raise ValueError(f"std must be at least 1e-6 in every channel, not {self.std!r}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {self.activation!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

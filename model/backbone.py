@@ -6,11 +6,16 @@ small-image variant: a 3x3 convolution of stride 1 and no max-pooling, so that a
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
+Activation = Literal["relu", "silu"]
+
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class ResNet18(nn.Module):
@@ -19,11 +24,12 @@ class ResNet18(nn.Module):
     Args:
         width: Channels of the first stage; the later stages have 2, 4 and 8 times as many (64 is the published network).
         num_classes: Number of classes ``C``.
+        activation: ``relu``, or ``silu``, which is smooth (Xie et al. 2020, "Smooth adversarial training").
     """
 
-    def __init__(self, width: int, num_classes: int) -> None:
+    def __init__(self, width: int, num_classes: int, activation: Activation = "relu") -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(conv3x3(3, width), nn.BatchNorm2d(width), _ACTIVATIONS[activation](inplace=True))
         stages: list[nn.Module] = []
         channels = width
         for stage, blocks in enumerate(BLOCKS_PER_STAGE):
@@ -32,7 +38,9 @@ class ResNet18(nn.Module):
                 shortcut = None
                 if stride != 1 or channels != out:
                     shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
-                stages.append(BasicBlock(channels, out, stride, shortcut))
+                made = BasicBlock(channels, out, stride, shortcut)
+                made.relu = _ACTIVATIONS[activation](inplace=True)
+                stages.append(made)
                 channels = out
         self.blocks = nn.Sequential(*stages)
         self.head = nn.Linear(channels, num_classes)

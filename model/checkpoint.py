@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from model.architecture import Architecture
 from model.mixture import Mixture
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "palisade"
 EMBEDDED = {"compact": Path(__file__).parent / "checkpoints" / "compact.safetensors"}
 STORED_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -219,10 +219,7 @@ def _parse_header(path: Path, values: object) -> Header:
     unknown = sorted(values.keys() - kinds.keys() - {"top_k"})
     if unknown:
         raise CheckpointError(f"{path}: unknown header fields {', '.join(unknown)}")
-    try:
-        architecture = Architecture.from_json(values.pop("architecture"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: architecture: {error}") from error
+    architecture = _parse_architecture(path, version, values.pop("architecture"))
     names = values.pop("class_names")
     if len(names) != architecture.num_classes or len(set(map(str, names))) != len(names):
         raise CheckpointError(f"{path}: class_names must be {architecture.num_classes} different names")
@@ -234,3 +231,12 @@ def _parse_header(path: Path, values: object) -> Header:
     if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= architecture.num_experts):
         raise CheckpointError(f"{path}: top_k must be null or from 1 to {architecture.num_experts}, not {top_k!r}")
     return Header(architecture=architecture, class_names=tuple(names), top_k=top_k, **values)
+
+
+def _parse_architecture(path: Path, version: int, values: dict[str, Any]) -> Architecture:
+    if version == 1:  # knew one activation only
+        values = {**values, "activation": "relu"}
+    try:
+        return Architecture.from_json(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: architecture: {error}") from error

@@ -32,9 +32,20 @@ class Gate(nn.Module):
         self.head = nn.Linear(channels, num_experts)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.temperature = 1.0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map normalised images ``(B, 3, H, W)`` to gate logits ``(B, E)``."""
         features = self.features(images)  # (B, 4 * width, H / 8, W / 8)
         logits: torch.Tensor = self.head(features.mean(dim=(2, 3)))  # (B, E)
-        return logits
+        return logits / self.temperature
+
+    @torch.no_grad()
+    def set_temperature(self, temperature: float) -> None:
+        """Divide the logits by ``temperature`` from now on, and scale the last layer so that the answers stay what they are.
+
+        A low temperature lets the gate become sharp with small weights. Checkpoints are stored at temperature 1.
+        """
+        for parameter in self.head.parameters():
+            parameter.mul_(temperature / self.temperature)
+        self.temperature = temperature

@@ -33,7 +33,8 @@ class Mixture(nn.Module):
         self.architecture = architecture
         self.top_k = check_top_k(top_k, architecture.num_experts)
         self.experts = nn.ModuleList(
-            ResNet18(architecture.width, architecture.num_classes) for _ in range(architecture.num_experts)
+            ResNet18(architecture.width, architecture.num_classes, architecture.activation)
+            for _ in range(architecture.num_experts)
         )
         self.gate = Gate(architecture.gate_width, architecture.num_experts)
         self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1), persistent=False)

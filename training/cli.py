@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from model.checkpoint import CheckpointError
 from training.data import DOWNLOADS, Dataset, load_dataset
-from training.pipeline import export, joint, pretrain, train_all
+from training.evaluation.autoattack import parse_attacks
+from training.evaluation.levels import Level
+from training.evaluation.report import evaluate_checkpoint
+from training.evaluation.request import Request
+from training.evaluation.sanity import MaskedGradientsError
+from training.pipeline import Run
+from training.plan import plan
 from training.recipe import RECIPES, Recipe
-from training.report import evaluate_checkpoint
+from training.worker import StopRequested, started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage, 3 masked gradients suspected, 75 out of ``--minutes`` (run it again),
+        130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -26,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError, OSError, FloatingPointError) as error:
         print(f"palisade-train: {error}", file=sys.stderr)
         return 1
+    except MaskedGradientsError as suspicion:
+        print(f"palisade-train: {suspicion}", file=sys.stderr)
+        return 3
+    except StopRequested as stop:
+        why = f"{options.minutes:g} minutes are over" if stop.reason == "time" else f"stopped by {stop.reason}"
+        print(f"palisade-train: {why}; the state is saved, the same command goes on", file=sys.stderr)
+        return 75 if stop.reason == "time" else 130
     except KeyboardInterrupt:
         print("palisade-train: interrupted; the same command goes on from the last saved step", file=sys.stderr)
         return 130
@@ -38,45 +58,67 @@ def _parser() -> argparse.ArgumentParser:
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--data", default="cifar10", help=f".npz file, image folder, or {', '.join(DOWNLOADS)} (downloaded)")
+    shared.add_argument("--allow-overlap", action="store_true", help="accept test images that are training images too")
     shared.add_argument("--image-size", type=int, default=32, help="side in pixels to which a folder's images are resized")
     shared.add_argument(
         "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
     shared.add_argument("--threads", type=_threads, default=0, help="CPU threads; default: all cores")
 
-    run = argparse.ArgumentParser(add_help=False, parents=[shared])
-    run.add_argument("--run", type=Path, required=True, help="run folder; the same folder resumes")
-    run.add_argument("--recipe", choices=sorted(RECIPES), default="compact", help="default: %(default)s")
-    run.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="as joint.epochs=2")
-    run.add_argument("--seed", type=int, default=0)
+    _add_run_commands(commands, shared)
 
-    command = commands.add_parser("pretrain", parents=[run], help="stage 1: train the experts one by one")
-    command.add_argument("--experts", default="", help="which, as 0,3,4; default: all")
-    command.set_defaults(run_command=_pretrain)
+    _add_evaluate(commands, shared)
+    return parser
 
-    command = commands.add_parser("joint", parents=[run], help="stage 2: train gate and experts together")
-    command.add_argument("--init", metavar="CHECKPOINT", help="go on from this instead of the run folder's experts")
-    command.set_defaults(run_command=lambda o: joint(*_run(o), o.init))
 
-    command = commands.add_parser("export", parents=[run], help="write the trained mixture as a checkpoint")
-    command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--init", metavar="CHECKPOINT", help="what joint training was given")
-    command.set_defaults(run_command=lambda o: print(export(*_run(o), o.out, o.init)))
-
-    command = commands.add_parser("compact", parents=[run], help="everything: pretrain, joint, export, evaluate")
-    command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--n", type=int, default=0, help="test images to evaluate on; default: all")
-    command.set_defaults(run_command=_compact)
-
-    command = commands.add_parser("evaluate", parents=[shared], help="measure a checkpoint: clean, FGSM, PGD-10")
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    command = commands.add_parser("evaluate", parents=[shared], help="measure a checkpoint's accuracy and robustness")
     command.add_argument("--checkpoint", default="compact", help="path, or 'compact'; default: %(default)s")
+    command.add_argument("--level", choices=get_args(Level), default="quick", help="how thoroughly to attack; default: quick")
+    command.add_argument("--attacks", metavar="LIST", help="of level full, only these, as apgd-ce,apgd-t; default: AutoAttack")
+    command.add_argument("--corruptions", action="store_true", help="also measure 15 common corruptions (75 clean passes)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="write figures, table, plots and report.html there")
     command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
     command.add_argument("--plot", type=Path, metavar="OUT", help="draw the figures here (PNG)")
     command.add_argument("--n", type=int, default=0, help="test images, a fixed random subset; default: all")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--stamp", action="store_true", help="also write the figures into the checkpoint's header")
     command.set_defaults(run_command=_evaluate)
-    return parser
+
+
+def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    run = argparse.ArgumentParser(add_help=False, parents=[shared])
+    run.add_argument("--run", type=Path, required=True, help="run folder; the same folder resumes")
+    run.add_argument("--recipe", choices=sorted(RECIPES), default="compact", help="default: %(default)s")
+    run.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="as joint.epochs=2")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--init", metavar="CHECKPOINT", help="what joint training goes on from instead of the folder's experts")
+
+    train = argparse.ArgumentParser(add_help=False, parents=[run])
+    train.add_argument("--compile", action="store_true", help="run the experts through torch.compile")
+    train.add_argument("--minutes", type=float, metavar="M", help="save and end with status 75 after so long")
+    train.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of time and memory, and end")
+
+    command = commands.add_parser("pretrain", parents=[train], help="stage 1: train the experts one by one")
+    command.add_argument("--experts", default="", help="which, as 0,3,4; default: all")
+    command.set_defaults(run_command=_pretrain)
+
+    command = commands.add_parser("joint", parents=[train], help="stage 2: train gate and experts together")
+    command.set_defaults(run_command=_joint)
+
+    command = commands.add_parser("export", parents=[run], help="write the trained mixture as a checkpoint")
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run_command=_export)
+
+    command = commands.add_parser("compact", parents=[train], help="everything: pretrain, joint, export, evaluate")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--n", type=int, default=0, help="test images to evaluate on; default: all")
+    command.set_defaults(run_command=_compact)
+
+    command = commands.add_parser("slice", parents=[train], help="pretrain, joint, export in slices of --minutes")
+    command.add_argument("--parts", type=Path, required=True, help="folder in which weights are left and taken up as parts")
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run_command=_slice)
 
 
 def _device(name: str) -> str:
@@ -93,47 +135,75 @@ def _threads(text: str) -> int:
     return int(text)
 
 
-def _run(options: argparse.Namespace) -> tuple[Recipe, Dataset, Path, torch.device, int]:
+@contextmanager
+def _run(options: argparse.Namespace) -> Iterator[Run]:
+    """Yield the run that the options describe; with ``--dry-run`` print its plan and end the program instead."""
     recipe: Recipe = RECIPES[options.recipe]
     for assignment in options.settings:
         recipe = recipe.with_setting(assignment)
     dataset = _data(options)
     height, width = dataset.train.images.shape[2:]
     recipe = recipe.for_data(len(dataset.label_names), height, width)
-    return recipe, dataset, options.run, torch.device(options.device), options.seed
+    compiled, minutes = getattr(options, "compile", False), getattr(options, "minutes", None)
+    with started(options.device, compiled=compiled, minutes=minutes) as worker:
+        run = Run(recipe, dataset, options.run, options.seed, worker, options.init)
+        if getattr(options, "dry_run", False):
+            print(plan(run.stages(), dataset.split_holdout(recipe.holdout)[0], worker))
+            raise SystemExit(0)
+        yield run
 
 
 def _data(options: argparse.Namespace) -> Dataset:
-    return load_dataset(options.data, size=options.image_size)
+    return load_dataset(options.data, size=options.image_size, allow_overlap=options.allow_overlap)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    recipe, dataset, run, device, seed = _run(options)
+    count = len(RECIPES[options.recipe].experts)
     try:
-        chosen = [int(part) for part in options.experts.split(",") if part] or list(range(len(recipe.experts)))
+        chosen = [int(part) for part in options.experts.split(",") if part] or list(range(count))
     except ValueError as error:
         raise ValueError(f"--experts {options.experts}: give numbers, as 0,3,4") from error
-    if not set(chosen) <= set(range(len(recipe.experts))):
-        raise ValueError(f"--experts {options.experts}: the recipe's experts are 0 to {len(recipe.experts) - 1}")
-    pretrain(recipe, dataset, run, device, seed, chosen)
+    if not set(chosen) <= set(range(count)):
+        raise ValueError(f"--experts {options.experts}: the recipe's experts are 0 to {count - 1}")
+    with _run(options) as run:
+        run.pretrain(chosen)
+
+
+def _joint(options: argparse.Namespace) -> None:
+    with _run(options) as run:
+        run.joint()
+
+
+def _export(options: argparse.Namespace) -> None:
+    with _run(options) as run:
+        print(run.export(options.out))
 
 
 def _compact(options: argparse.Namespace) -> None:
-    recipe, dataset, run, device, seed = _run(options)
-    train_all(recipe, dataset, run, device, seed, options.out)
-    evaluate_checkpoint(options.out, dataset, device, options.n, seed, stamp=True)
+    with _run(options) as run:
+        run.pretrain()
+        run.joint()
+        run.export(options.out)
+    evaluate_checkpoint(options.out, run.dataset, torch.device(options.device), options.n, options.seed, stamp=True)
+
+
+def _slice(options: argparse.Namespace) -> None:
+    with _run(options) as run:
+        print(run.slice(options.parts, options.out))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    request = Request(
+        level=options.level,
+        attacks=None if options.attacks is None else parse_attacks(options.attacks),
+        corruptions=options.corruptions,
+        json=options.json,
+        plot=options.plot,
+        folder=options.out,
+    )
+    device = torch.device(options.device)
     evaluate_checkpoint(
-        options.checkpoint,
-        _data(options),
-        torch.device(options.device),
-        options.n,
-        options.seed,
-        stamp=options.stamp,
-        json_path=options.json,
-        plot_path=options.plot,
+        options.checkpoint, _data(options), device, options.n, options.seed, stamp=options.stamp, request=request
     )
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from training.image_folder import read_image_folder
+
+PARTS = ("train", "test")
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 OPTIONAL_ARRAYS = ("test_inexact", "label_names")
 DOWNLOADS = ("cifar10", "cifar100", "svhn")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,14 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: torch.Tensor | slice) -> Split:
-        """Return the samples at ``indices``."""
+        """Return the samples at ``indices``, which may be on any device, on the split's device."""
+        if isinstance(indices, torch.Tensor):
+            indices = indices.to(self.labels.device)
         return Split(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the split on a device, still uint8 and channels-last; nothing is copied when it is there already."""
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Dataset:
         label_names: One name per class.
         digest: SHA-256 over the training split's pixels and labels.
         test_digest: The same of the test split.
+        overlap: SHA-256 of the pixels (rows of RGB) of every image that is in both splits, in order of the test split.
     """
 
     name: str
@@ -58,16 +68,44 @@ class Dataset:
     label_names: tuple[str, ...]
     digest: str
     test_digest: str
+    overlap: tuple[str, ...] = ()
 
     def split_holdout(self, size: int) -> tuple[Split, Split]:
         """Return the training images without, and only, ``size`` held-out ones, always the same for the same data."""
         if not 0 < size < len(self.train):
-            raise ValueError(f"cannot hold out {size} of {len(self.train)} training images: lower the recipe's holdout")
+            fitting = max(len(self.train) // 10, 1)
+            raise ValueError(
+                f"cannot hold out {size} of {len(self.train)} training images: give for example --set holdout={fitting}"
+            )
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(20))
         return self.train.take(order[size:].sort().values), self.train.take(order[:size].sort().values)
 
 
-def load_dataset(source: str, root: Path = Path("data"), size: int = 32) -> Dataset:
+@dataclass(frozen=True)
+class _Raw:
+    """Arrays as they were read, to be checked.
+
+    Attributes:
+        name: What the data are called.
+        where: What errors call them.
+        arrays: ``<part>_images`` ``(N, H, W, 3)`` and ``<part>_labels`` ``(N,)`` for each of ``PARTS``.
+        label_names: One name per class; empty for numbers.
+        places: For a part: where each of its images comes from, as errors name it; by default its position in the array.
+    """
+
+    name: str
+    where: str
+    arrays: dict[str, Any]
+    label_names: tuple[str, ...] = ()
+    places: dict[str, Sequence[object]] = field(default_factory=dict)
+
+    def place(self, part: str, position: int) -> str:
+        """Name an image as a person would look for it."""
+        place = self.places[part][position] if part in self.places else position
+        return place if isinstance(place, str) else f"{part}_images[{place}]"
+
+
+def load_dataset(source: str, root: Path = Path("data"), size: int = 32, *, allow_overlap: bool = False) -> Dataset:
     """Load a dataset.
 
     Args:
@@ -77,111 +115,101 @@ def load_dataset(source: str, root: Path = Path("data"), size: int = 32) -> Data
             ``train/<class>/*`` and ``test/<class>/*`` images.
         root: Where downloads are kept.
         size: Side in pixels to which a folder's images are resized.
+        allow_overlap: Take data whose test split has images, after resizing, that are pixel for pixel in the training split:
+            a warning goes to standard error and the images are listed in ``overlap``. A download's splits are as they were
+            published, so its overlap is always reported like this.
 
     Raises:
         ValueError: The data cannot be used; the message names the file or array and what is wrong with it.
     """
     if source in DOWNLOADS:
-        return _from_torchvision(source, root)
+        return _dataset(_from_torchvision(source, root), allow_overlap=True)
     path = Path(source)
     if path.is_dir():
-        return _from_folder(path, size)
+        return _dataset(_from_folder(path, size), allow_overlap)
     if path.is_file():
-        return _from_npz(path)
+        return _dataset(_from_npz(path), allow_overlap)
     raise ValueError(f"no data at {source}: give an .npz file, an image folder, or one of {', '.join(DOWNLOADS)}")
 
 
-def _from_npz(path: Path) -> Dataset:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*ARRAYS, *OPTIONAL_ARRAYS) if name in file}
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
-    missing = [name for name in ARRAYS if name not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(arrays)}")
-    inexact, names = arrays.pop("test_inexact", None), arrays.pop("label_names", np.array([], str))
+def _from_npz(path: Path) -> _Raw:
+    arrays = _read_npz(path)
+    for part in PARTS:
+        _check(part, arrays[f"{part}_images"], arrays[f"{part}_labels"], str(path))
+    kept = np.arange(len(arrays["test_labels"]))
+    inexact = arrays.pop("test_inexact", None)
     if inexact is not None:
-        if inexact.dtype.kind not in "iu" or not ((inexact >= 0) & (inexact < len(arrays["test_labels"]))).all():
-            raise ValueError(f"{path}: test_inexact must hold positions among the {len(arrays['test_labels'])} test images")
+        if inexact.dtype.kind not in "iu" or not ((inexact >= 0) & (inexact < len(kept))).all():
+            raise ValueError(f"{path}: test_inexact must hold positions among the {len(kept)} test images")
+        kept = np.delete(kept, inexact)
         for name in ("test_images", "test_labels"):
-            arrays[name] = np.delete(arrays[name], inexact, axis=0)
+            arrays[name] = arrays[name][kept]
+    names = arrays.pop("label_names", np.array([], str))
     if names.ndim != 1:
         raise ValueError(f"{path}: label_names must be (C,) names, not {names.shape}")
-    return _dataset(path.stem, arrays, tuple(str(name) for name in names), str(path))
+    texts = (name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names.tolist())
+    return _Raw(path.stem, str(path), arrays, tuple(texts), {"test": kept.tolist()})
 
 
-def _from_torchvision(name: str, root: Path) -> Dataset:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    name, arrays = "", {}
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            for name in (*ARRAYS, *OPTIONAL_ARRAYS):
+                if name in file:
+                    arrays[name] = file[name]
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        where = f": array {name}, which must be plain numbers or text and all images of one size" if name else ""
+        raise ValueError(f"{path} is not a readable .npz file{where} ({error})") from error
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(arrays) or 'none of them'}")
+    return arrays
+
+
+def _from_torchvision(name: str, root: Path) -> _Raw:
     from torchvision import datasets
 
-    if name == "svhn":
-        splits = {part: datasets.SVHN(root, split=part, download=True) for part in ("train", "test")}
-        arrays: dict[str, Any] = {}
-        for part, split in splits.items():
-            arrays[f"{part}_images"] = split.data.transpose(0, 2, 3, 1)
-            arrays[f"{part}_labels"] = split.labels
-        return _dataset(name, arrays, tuple("0123456789"), name)
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    train, test = kind(root, train=True, download=True), kind(root, train=False, download=True)
-    arrays = {
-        "train_images": train.data,
-        "train_labels": np.asarray(train.targets),
-        "test_images": test.data,
-        "test_labels": np.asarray(test.targets),
-    }
-    return _dataset(name, arrays, tuple(train.classes), name)
-
-
-def _from_folder(folder: Path, size: int) -> Dataset:
-    classes = sorted(entry.name for entry in (folder / "train").glob("*") if entry.is_dir())
-    if len(classes) < 2:
-        raise ValueError(f"{folder}/train must hold one folder per class, at least two; found {classes}")
     arrays: dict[str, Any] = {}
-    for part in ("train", "test"):
-        unknown = sorted({e.name for e in (folder / part).glob("*") if e.is_dir()} - set(classes))
-        if unknown:
-            raise ValueError(f"{folder}/{part} has classes that {folder}/train lacks: {', '.join(unknown)}")
-        images, labels = [], []
-        for label, name in enumerate(classes):
-            for file in sorted((folder / part / name).glob("*")):
-                if file.suffix.lower() in IMAGE_SUFFIXES:
-                    images.append(_read_image(file, size))
-                    labels.append(label)
-        if not images:
-            raise ValueError(f"{folder}/{part} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = np.stack(images), np.asarray(labels)
-    return _dataset(folder.name, arrays, tuple(classes), str(folder))
-
-
-def _read_image(file: Path, size: int) -> np.ndarray:
+    names: tuple[str, ...] = ()
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{file} is not a readable image: {error}") from error
+        for part in PARTS:
+            if name == "svhn":
+                split = datasets.SVHN(root, split=part, download=True)
+                arrays[f"{part}_images"], arrays[f"{part}_labels"] = split.data.transpose(0, 2, 3, 1), split.labels
+                continue
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            split = kind(root, train=part == "train", download=True)
+            arrays[f"{part}_images"], arrays[f"{part}_labels"] = split.data, np.asarray(split.targets)
+            names = tuple(split.classes)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be downloaded into {root} ({error}): give an .npz file or an image folder") from error
+    return _Raw(name, name, arrays, names)
 
 
-def _dataset(name: str, arrays: dict[str, Any], names: tuple[str, ...], where: str) -> Dataset:
-    splits, digests = {}, {}
-    for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        _check(part, images, labels, where)
-        digest = hashlib.sha256(np.ascontiguousarray(images).data)
+def _from_folder(folder: Path, size: int) -> _Raw:
+    content = read_image_folder(folder, size)
+    arrays = {f"{part}_images": images for part, images in content.images.items()}
+    arrays |= {f"{part}_labels": labels for part, labels in content.labels.items()}
+    return _Raw(folder.absolute().name, str(folder), arrays, content.classes, dict(content.files))
+
+
+def _dataset(raw: _Raw, allow_overlap: bool) -> Dataset:
+    splits, digests, hashes = {}, {}, {}
+    for part in PARTS:
+        images, labels = np.ascontiguousarray(raw.arrays[f"{part}_images"]), raw.arrays[f"{part}_labels"]
+        _check(part, images, labels, raw.where)
+        digest = hashlib.sha256(images.data)
         digest.update(labels.astype("<i8").tobytes())
         digests[part] = digest.hexdigest()
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        splits[part] = Split(pixels, torch.from_numpy(labels.astype(np.int64)))
-    if splits["train"].images.shape[1:] != splits["test"].images.shape[1:]:
-        raise ValueError(f"{where}: train and test images differ in size")
-    classes = int(max(splits["train"].labels.max(), splits["test"].labels.max())) + 1
-    names = names or tuple(str(i) for i in range(classes))
-    if len(set(names)) != len(names):
-        raise ValueError(f"{where}: label_names must be different names, not {', '.join(names)}")
-    if classes > len(names):
-        raise ValueError(f"{where}: label {classes - 1} has no name; label_names has {len(names)}")
-    if len(names) < 2 or len(splits["train"].labels.unique()) < 2:
-        raise ValueError(f"{where}: train_labels hold a single class; a classifier needs at least two")
-    return Dataset(name, splits["train"], splits["test"], names, digests["train"], digests["test"])
+        hashes[part] = [hashlib.sha256(image.data).hexdigest() for image in images]
+        splits[part] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
+    sizes = [" x ".join(str(side) for side in splits[part].images.shape[2:]) for part in PARTS]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{raw.where}: train_images and test_images differ in size: {sizes[0]} and {sizes[1]} pixels")
+    names = _class_names(raw)
+    overlap = _overlap(raw, hashes, allow_overlap)
+    return Dataset(raw.name, splits["train"], splits["test"], names, digests["train"], digests["test"], overlap)
 
 
 def _check(part: str, images: np.ndarray, labels: np.ndarray, where: str) -> None:
@@ -189,7 +217,59 @@ def _check(part: str, images: np.ndarray, labels: np.ndarray, where: str) -> Non
         raise ValueError(f"{where}: {part}_images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: {part}_labels must be (N,) integers, not {labels.shape} {labels.dtype}")
-    if len(images) != len(labels) or len(labels) == 0:
+    if len(images) != len(labels):
         raise ValueError(f"{where}: {len(images)} {part}_images but {len(labels)} {part}_labels")
+    if images.size == 0:
+        raise ValueError(f"{where}: {part}_images holds no images, its shape is {images.shape}")
     if labels.min() < 0:
-        raise ValueError(f"{where}: {part}_labels has the negative label {labels.min()}")
+        raise ValueError(f"{where}: {part}_labels has the negative label {labels.min()}: number the classes from 0")
+
+
+def _class_names(raw: _Raw) -> tuple[str, ...]:
+    """Return a name for every class; raise ``ValueError`` unless names and training images belong to the same classes."""
+    names, where = raw.label_names, raw.where
+    labels = {part: np.unique(raw.arrays[f"{part}_labels"]).tolist() for part in PARTS}
+    trained = set(labels["train"])
+    if len(trained) < 2:
+        raise ValueError(f"{where}: train_labels hold a single class; a classifier needs at least two")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: label_names must be different names, not {', '.join(names)}")
+    if any("\ud800" <= character <= "\udfff" for character in "".join(names)):
+        raise ValueError(f"{where}: the name of a class is not Unicode text: {names!a:.200}")
+    if not names and max(trained) >= len(trained):
+        gap = min(set(range(len(trained))) - trained)
+        raise ValueError(f"{where}: train_labels go up to {max(trained)} but none is {gap}: number the classes without gaps")
+    for part in PARTS:
+        for label in labels[part]:
+            if names and label >= len(names):
+                raise ValueError(f"{where}: {part}_labels: label {label} has no name; label_names has {len(names)}, from 0")
+            if label not in trained:
+                name = f" ({names[label]})" if names else ""
+                raise ValueError(f"{where}: test_labels has label {label}{name}, of which train_labels has no image")
+    unseen = [name for label, name in enumerate(names) if label not in trained]
+    if unseen:
+        raise ValueError(f"{where}: label_names has {', '.join(unseen)}, of which train_labels has no image")
+    return names or tuple(str(label) for label in labels["train"])
+
+
+def _overlap(raw: _Raw, hashes: dict[str, list[str]], allow: bool) -> tuple[str, ...]:
+    """Return the hashes of the images that are in both splits; raise ``ValueError`` or warn when there are any."""
+    train, test = hashes["train"], hashes["test"]
+    trained = set(train)
+    common = [image for image in test if image in trained]
+    if not common:
+        return ()
+    overlap = tuple(dict.fromkeys(common))
+    examples = [
+        f"{image[:16]} ({raw.place('train', train.index(image))} = {raw.place('test', test.index(image))})"
+        for image in overlap[:3]
+    ]
+    more = ", ..." if len(overlap) > len(examples) else ""
+    problem = (
+        f"{raw.where}: {len(common)} of {len(test)} test images are training images too, "
+        f"by SHA-256 of their pixels {', '.join(examples)}{more}"
+    )
+    if not allow:
+        raise ValueError(f"{problem}: remove them from one split, or allow them with --allow-overlap")
+    print(f"warning: {problem}: accuracy on them proves nothing", file=sys.stderr)
+    return overlap

@@ -13,60 +13,87 @@ import torch
 from torch import nn
 
 from model.mixture import Mixture, mix
-from training.attack import Attack, frozen_statistics, perturb
-from training.data import Dataset
-from training.losses import expert_cross_entropy, load_balance, mixture_cross_entropy
+from training.attack import Attack, perturb
+from training.data import Dataset, Split
+from training.losses import expert_cross_entropy, expert_diversity, keep_top_k, load_balance, mixture_cross_entropy
 from training.measure import accuracy_under
 from training.recipe import Recipe
-from training.run_folder import RunFolder
-from training.stage import Stage, Values, run_stage
+from training.stage import Figures, Stage, Task, Terms
 
 JOINT = "joint"
 
 
-def train_jointly(
-    mixture: Mixture,
-    recipe: Recipe,
-    dataset: Dataset,
-    folder: RunFolder,
-    device: torch.device,
-    seed: int,
-    went_on_from: str | None = None,
-) -> Mixture:
-    """Train a mixture of pre-trained experts end to end.
+class JointTask(Task):
+    """Trains a mixture of pre-trained experts end to end.
 
     Args:
-        mixture: The mixture with pre-trained experts; trained in place.
-        recipe: The recipe.
-        dataset: The data, of which some training images are held out.
-        folder: Where the state is kept and resumed from.
-        device: Where to train.
-        seed: The run's seed.
-        went_on_from: Digest of the checkpoint that the mixture comes from, if it does.
-
-    Returns:
-        The mixture with averaged weights, in eval mode.
+        mixture: The mixture.
+        recipe: Which attack, and the weight of every term.
+        holdout: What it is judged on.
+        device: Where.
     """
-    train, holdout = dataset.split_holdout(recipe.holdout)
-    mixture = mixture.to(device).to(memory_format=torch.channels_last)
 
-    def loss(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Values]:
-        with torch.autocast(device.type, torch.bfloat16):
-            return joint_loss(mixture, recipe, images, labels, generator)
+    def __init__(self, mixture: Mixture, recipe: Recipe, holdout: Split, device: torch.device) -> None:
+        super().__init__(mixture, recipe.joint, holdout, device)
+        self.recipe = recipe
 
-    def validate(averaged: nn.Module) -> Values:
-        part = holdout.take(slice(recipe.validation_images))
-        with torch.autocast(device.type, torch.bfloat16):
+    @property
+    def mixture(self) -> Mixture:
+        """The trained mixture."""
+        assert isinstance(self.network, Mixture)
+        return self.network
+
+    def mix(self, gate: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Mix log weights ``(B, E)`` and log-probabilities ``(B, E, C)``, of the ``top_k`` heaviest experts if so trained."""
+        return mix(keep_top_k(gate, self.recipe.loss.top_k) if self.recipe.loss.top_k else gate, experts)
+
+    def attack(
+        self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
+    ) -> torch.Tensor:
+        """Return the images after an attack through gate and experts."""
+        with self.autocast(), self.statistics():
+            return perturb(
+                lambda x: self.mix(*self.mixture.components(x)), images, targets, self.recipe.draw_joint(choices), noise
+            )
+
+    def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
+        """Return the joint loss, its terms and the gate's mean weights ``(E,)`` under attack."""
+        weights, smoothing = self.recipe.loss, self.recipe.joint.label_smoothing
+        batch = len(attacked)
+        clean_count = round(batch * weights.clean_share) if weights.clean else 0
+        with self.autocast():
+            # One pass over both keeps batch-norm statistics those of the joined batch.
+            gate, experts = self.mixture.components(torch.cat([attacked, clean[:clean_count]]))  # (B + n, E), (B + n, E, C)
+        log_probs = self.mix(gate, experts)  # (B + n, C)
+        terms = {"adversarial": mixture_cross_entropy(log_probs[:batch], targets, smoothing)}
+        if clean_count:
+            terms["clean"] = mixture_cross_entropy(log_probs[batch:], targets[:clean_count], smoothing)
+        if weights.experts:
+            terms["experts"] = expert_cross_entropy(experts[:batch], targets, smoothing)
+        if weights.balance:
+            terms["balance"] = load_balance(gate)
+        if weights.diversity:
+            terms["diversity"] = -expert_diversity(experts[:batch], targets)
+        total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+        values = {name: term.detach() for name, term in terms.items()}
+        return total, {**values, "gate": gate[:batch].detach().exp().mean(dim=0)}
+
+    def judge(self, averaged: nn.Module) -> Figures:
+        """Return the mixture's clean accuracy and its accuracy under PGD-10."""
+        assert isinstance(averaged, Mixture)
+
+        def log_probs(images: torch.Tensor) -> torch.Tensor:
+            return self.mix(*averaged.components(images))
+
+        with self.autocast():
             return {
-                "clean": accuracy_under(averaged, part, None, device),
-                "robust": accuracy_under(averaged, part, Attack.pgd(8 / 255, 10, 2 / 255), device),
+                "clean": accuracy_under(log_probs, self.holdout, None, self.device),
+                "robust": accuracy_under(log_probs, self.holdout, Attack.pgd(8 / 255, 10, 2 / 255), self.device),
             }
 
-    settings = joint_settings(recipe, dataset, seed, went_on_from)
-    stage = Stage(JOINT, mixture, recipe.joint, loss, validate, seed * 1000 + 999, settings)
-    averaged = run_stage(stage, train, folder, device)
-    assert isinstance(averaged, Mixture)
-    return averaged
+    def experts(self) -> list[nn.Module]:
+        """Return the experts."""
+        return list(self.mixture.experts)
 
 
 def joint_settings(recipe: Recipe, dataset: Dataset, seed: int, went_on_from: str | None) -> dict[str, Any]:
@@ -75,34 +102,27 @@ def joint_settings(recipe: Recipe, dataset: Dataset, seed: int, went_on_from: st
     return settings if went_on_from is None else {**settings, "went_on_from": went_on_from}
 
 
-def joint_loss(
-    mixture: Mixture, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, Values]:
-    """Attack the mixture and return the joint loss with the values of its terms.
+def joint_stage(
+    mixture: Mixture,
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    seed: int,
+    went_on_from: str | None = None,
+) -> Stage:
+    """Return the stage that trains gate and experts together.
 
     Args:
-        mixture: The mixture, in training mode.
-        recipe: Which attack, and the weight of every term.
-        images: ``(B, 3, H, W)``, float32 in ``[0, 1]``.
-        labels: ``(B,)``.
-        generator: Source of the attack's randomness.
+        mixture: The mixture with pre-trained experts; trained in place.
+        recipe: The recipe.
+        dataset: The data, of which some training images are held out.
+        device: Where to train.
+        seed: The run's seed.
+        went_on_from: Digest of the checkpoint that the mixture comes from, if it does.
     """
-    weights, smoothing = recipe.loss, recipe.joint.label_smoothing
-    with frozen_statistics(mixture):
-        attacked = perturb(mixture, images, labels, recipe.draw_joint(generator), generator)
-    clean_count = round(len(images) * weights.clean_share) if weights.clean else 0
-    # One pass over both keeps batch-norm statistics those of the joined batch.
-    gate, experts = mixture.components(torch.cat([attacked, images[:clean_count]]))  # (B + n, E), (B + n, E, C)
-    log_probs = mix(gate, experts)  # (B + n, C)
-    batch = len(images)
-    terms = {"adversarial": mixture_cross_entropy(log_probs[:batch], labels, smoothing)}
-    if clean_count:
-        terms["clean"] = mixture_cross_entropy(log_probs[batch:], labels[:clean_count], smoothing)
-    if weights.experts:
-        terms["experts"] = expert_cross_entropy(experts[:batch], labels, smoothing)
-    if weights.balance:
-        terms["balance"] = load_balance(gate)
-    total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-    values: Values = {name: term.item() for name, term in terms.items()}
-    values["gate"] = gate[:batch].detach().exp().mean(dim=0).tolist()
-    return total, values
+    _, holdout = dataset.split_holdout(recipe.holdout)
+    mixture.gate.set_temperature(recipe.gate_temperature)
+    mixture = mixture.to(device).to(memory_format=torch.channels_last)
+    task = JointTask(mixture, recipe, holdout.take(slice(recipe.validation_images)), device)
+    settings = joint_settings(recipe, dataset, seed, went_on_from)
+    return Stage(JOINT, task, recipe.architecture.num_classes, seed * 1000 + 999, settings)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +12,184 @@ import torch
 from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoint
 from model.mixture import Mixture
 from training.data import Dataset
-from training.joint import JOINT, joint_settings, train_jointly
+from training.joint import JOINT, joint_settings, joint_stage
+from training.parts import join, split
 from training.plots import plot_run
-from training.pretrain import expert_schedule, expert_settings, expert_stage, pretrain_expert
+from training.pretrain import expert_name, expert_schedule, expert_settings, expert_stage
+from training.progress import check_settings, slim
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
-from training.stage import total_steps
+from training.stage import Stage, run_stage, total_steps
+from training.worker import StopRequested, Worker
 
 
-def pretrain(
-    recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, experts: Sequence[int] | None = None
-) -> None:
-    """Train the recipe's experts (all, or those given) one after the other."""
-    folder = _folder(recipe, dataset, run, seed)
-    for index in range(len(recipe.experts)) if experts is None else experts:
-        pretrain_expert(index, recipe, dataset, folder, device, seed)
-    plot_run(folder)
-
-
-def joint(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, init: str | None = None) -> Mixture:
-    """Train gate and experts together, from the experts that :func:`pretrain` left in the run folder or from a checkpoint.
+class Run:
+    """One run: a recipe, data and a seed in a folder.
 
     Args:
         recipe: The recipe.
         dataset: The data.
-        run: The run folder.
-        device: Where to train.
-        seed: The run's seed.
-        init: A checkpoint to go on from; ``None`` takes the run folder's experts and a new gate.
-
-    Raises:
-        ValueError: There is nothing to start from, or it does not fit the recipe.
+        path: The run folder.
+        seed: The seed.
+        worker: Where to train.
+        init: A checkpoint that joint training goes on from; ``None`` takes the run folder's experts and a new gate.
     """
-    folder = _folder(recipe, dataset, run, seed)
-    if init is None:
-        mixture = _assemble(recipe, dataset, folder, seed)
-    else:
-        mixture = load_checkpoint(init).requires_grad_(True)
-        if mixture.architecture != recipe.architecture:
-            raise ValueError(f"{init} has the {mixture.architecture}, the recipe the {recipe.architecture}")
-    mixture = train_jointly(mixture, recipe, dataset, folder, device, seed, init and read_header(init).weights_sha256)
-    plot_run(folder)
-    return mixture
 
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, path: Path, seed: int, worker: Worker, init: str | None = None
+    ) -> None:
+        self.dataset = dataset
+        self._recipe, self._path, self._seed, self._worker, self._init = recipe, path, seed, worker, init
+        self._train, _ = dataset.split_holdout(recipe.holdout)
+        self._went_on_from = init and read_header(init).weights_sha256
 
-def _assemble(recipe: Recipe, dataset: Dataset, folder: RunFolder, seed: int) -> Mixture:
-    """Return a mixture of the run folder's finished experts and an untrained gate."""
-    torch.manual_seed(seed)
-    mixture = Mixture(recipe.architecture)
-    for index, expert in enumerate(mixture.experts):
-        settings = expert_settings(index, recipe, dataset, seed)
-        wanted = total_steps(expert_schedule(index, recipe), len(dataset.train) - recipe.holdout)
-        tensors = _finished(folder, expert_stage(index), settings, wanted, "pretrain")
-        prefix = "ema/expert."
-        expert.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return mixture
+    @cached_property
+    def _folder(self) -> RunFolder:
+        return RunFolder(self._path)
 
+    def pretrain(self, experts: Sequence[int] | None = None) -> None:
+        """Train the recipe's experts (all, or those given) one after the other."""
+        self._write_config()
+        for index in range(len(self._recipe.experts)) if experts is None else experts:
+            self._run(self._expert_stage(index))
+        self._plot()
 
-def export(
-    recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, out: Path, init: str | None = None
-) -> Header:
-    """Write the averaged weights of joint training as a checkpoint without metrics and return its header.
+    def joint(self) -> None:
+        """Train gate and experts together.
 
-    ``init`` is what :func:`joint` was given.
-    """
-    del device  # every command that works on a run takes the same arguments
-    steps = total_steps(recipe.joint, len(dataset.train) - recipe.holdout)
-    went_on_from = init and read_header(init).weights_sha256
-    tensors = _finished(RunFolder(run), JOINT, joint_settings(recipe, dataset, seed, went_on_from), steps, "joint")
-    mixture = Mixture(recipe.architecture)
-    mixture.load_state_dict({k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")})
-    header = Header(
-        architecture=recipe.architecture,
-        class_names=dataset.label_names,
-        weights_sha256="",
-        recipe={
-            **recipe.to_json(),
-            "seed": seed,
-            "joint_steps": steps,
-            "went_on_from_sha256": went_on_from,
-            "git_revision": git_revision(),
-        },
-        data={"name": dataset.name, "training_sha256": dataset.digest, "held_out_training_images": recipe.holdout},
-    )
-    return save_checkpoint(out, mixture, header)
+        Raises:
+            ValueError: There is nothing to start from, or it does not fit the recipe.
+        """
+        self._write_config()
+        self._run(self._joint_stage())
+        self._plot()
 
+    def export(self, out: Path) -> Header:
+        """Write the averaged weights of joint training as a checkpoint without metrics and return its header."""
+        steps = total_steps(self._recipe.joint, len(self._train))
+        tensors = self._finished(JOINT, self._joint_settings(), steps, "joint")
+        mixture = Mixture(self._recipe.architecture)
+        mixture.gate.set_temperature(self._recipe.gate_temperature)
+        mixture.load_state_dict({key.removeprefix("ema/"): value for key, value in tensors.items()})
+        mixture.gate.set_temperature(1.0)
+        header = Header(
+            architecture=self._recipe.architecture,
+            class_names=self.dataset.label_names,
+            weights_sha256="",
+            recipe={
+                **self._recipe.to_json(),
+                "seed": self._seed,
+                "joint_training_steps": steps,  # joint_steps are the attack's
+                "went_on_from_sha256": self._went_on_from,
+                "git_revision": git_revision(),
+            },
+            data={
+                "name": self.dataset.name,
+                "training_sha256": self.dataset.digest,
+                "held_out_training_images": self._recipe.holdout,
+            },
+        )
+        return save_checkpoint(out, mixture, header)
 
-def train_all(recipe: Recipe, dataset: Dataset, run: Path, device: torch.device, seed: int, out: Path) -> Header:
-    """Pre-train, train jointly and export."""
-    pretrain(recipe, dataset, run, device, seed)
-    joint(recipe, dataset, run, device, seed)
-    return export(recipe, dataset, run, device, seed, out)
+    def slice(self, parts: Path, out: Path) -> Header:
+        """Do all of the above until the worker is asked to stop, leaving every stage's weights as parts in ``parts``.
 
+        A stage whose state the run folder lacks is taken up from its parts: a finished one as it is, one that was cut short
+        with its averaged weights and without momentum.
+        """
+        self._take_up(parts)
+        try:
+            self.pretrain()
+            self.joint()
+        except StopRequested:
+            self._leave(parts)
+            raise
+        self._leave(parts)
+        header = self.export(out)
+        split(out, parts)
+        return header
 
-def _finished(folder: RunFolder, stage: str, settings: dict[str, Any], steps: int, command: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a stage that came to its end with these settings; raise ``ValueError`` for any other."""
-    saved = folder.load(stage)
-    if saved is None:
-        raise ValueError(f"{folder.path} has no {stage}: run 'palisade-train {command}' with this folder first")
-    tensors, counters = saved
-    if counters["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{folder.path}: {stage} was trained with other settings: give its recipe, --set, --data and --seed")
-    if counters["step"] < steps:
-        done = counters["step"]
-        raise ValueError(f"{folder.path}: {stage} is at step {done} of {steps}: finish it with 'palisade-train {command}'")
-    return tensors
+    def stages(self) -> Iterator[Stage]:
+        """Yield what :meth:`pretrain` and :meth:`joint` would run, untrained."""
+        for index in range(len(self._recipe.experts)):
+            yield self._expert_stage(index)
+        yield self._joint_stage(trained=False)
 
+    def _expert_stage(self, index: int) -> Stage:
+        return expert_stage(index, self._recipe, self.dataset, self._worker.device, self._seed)
 
-def _folder(recipe: Recipe, dataset: Dataset, run: Path, seed: int) -> RunFolder:
-    folder = RunFolder(run)
-    folder.write_config({"recipe": recipe.to_json(), "data": dataset.name, "data_sha256": dataset.digest, "seed": seed})
-    return folder
+    def _joint_stage(self, *, trained: bool = True) -> Stage:
+        mixture = self._start() if trained else Mixture(self._recipe.architecture)
+        return joint_stage(mixture, self._recipe, self.dataset, self._worker.device, self._seed, self._went_on_from)
+
+    def _run(self, stage: Stage) -> None:
+        run_stage(stage, self._train, self._folder, self._worker)
+
+    def _start(self) -> Mixture:
+        """Return what joint training starts from."""
+        if self._init is None:
+            return self._assemble()
+        mixture = load_checkpoint(self._init).requires_grad_(True)
+        if mixture.architecture != self._recipe.architecture:
+            raise ValueError(f"{self._init} has the {mixture.architecture}, the recipe the {self._recipe.architecture}")
+        mixture.top_k = None
+        return mixture
+
+    def _assemble(self) -> Mixture:
+        """Return a mixture of the run folder's finished experts and an untrained gate."""
+        torch.manual_seed(self._seed)
+        mixture = Mixture(self._recipe.architecture)
+        for index, expert in enumerate(mixture.experts):
+            settings = expert_settings(index, self._recipe, self.dataset, self._seed)
+            steps = total_steps(expert_schedule(index, self._recipe), len(self._train))
+            tensors = self._finished(expert_name(index), settings, steps, "pretrain")
+            expert.load_state_dict({key.removeprefix("ema/expert."): value for key, value in tensors.items()})
+        return mixture
+
+    def _finished(self, stage: str, settings: dict[str, Any], steps: int, command: str) -> dict[str, torch.Tensor]:
+        """Return the averaged weights of a stage that came to its end with these settings; ``ValueError`` for any other."""
+        saved = self._folder.load(stage)
+        if saved is None:
+            raise ValueError(f"{self._folder.path} has no {stage}: run 'palisade-train {command}' with this folder first")
+        tensors, counters = saved
+        check_settings(self._folder, stage, counters, settings)
+        if counters["step"] < steps:
+            done = f"at step {counters['step']} of {steps}"
+            raise ValueError(f"{self._folder.path}: {stage} is {done}: finish it with 'palisade-train {command}'")
+        return slim(tensors)
+
+    def _joint_settings(self) -> dict[str, Any]:
+        return joint_settings(self._recipe, self.dataset, self._seed, self._went_on_from)
+
+    def _names(self) -> list[str]:
+        return [*(expert_name(index) for index in range(len(self._recipe.experts))), JOINT]
+
+    def _take_up(self, parts: Path) -> None:
+        if self._worker.first:
+            for name in self._names():
+                state, manifest = self._folder.path / f"{name}.safetensors", parts / f"{name}.safetensors.manifest.json"
+                if not state.exists() and manifest.exists():
+                    join(manifest, state)
+        self._worker.agreed(None)  # nobody goes on before the files are there
+
+    def _leave(self, parts: Path) -> None:
+        if not self._worker.first:
+            return
+        light = RunFolder(parts / "whole")
+        for name in self._names():
+            saved = self._folder.load(name)
+            if saved is not None:
+                light.save(name, slim(saved[0]), saved[1])
+                split(light.path / f"{name}.safetensors", parts)
+                (light.path / f"{name}.safetensors").unlink()
+        light.path.rmdir()
+
+    def _write_config(self) -> None:
+        if self._worker.first:
+            settings = {"recipe": self._recipe.to_json(), "data": self.dataset.name, "data_sha256": self.dataset.digest}
+            self._folder.write_config({**settings, "seed": self._seed, "workers": self._worker.count})
+
+    def _plot(self) -> None:
+        if self._worker.first:
+            plot_run(self._folder)
+            self._folder.close()

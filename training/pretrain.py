@@ -13,13 +13,12 @@ from torch import nn
 
 from model.architecture import Architecture
 from model.mixture import Mixture
-from training.attack import Attack, frozen_statistics, perturb
+from training.attack import Attack, perturb
 from training.data import Dataset, Split
-from training.losses import mixture_cross_entropy
+from training.losses import mart, mixture_cross_entropy, trades
 from training.measure import accuracy_under
 from training.recipe import ExpertRecipe, Recipe, Schedule
-from training.run_folder import RunFolder
-from training.stage import Stage, Values, run_stage
+from training.stage import Figures, Stage, Task, Terms
 
 
 class Alone(nn.Module):
@@ -40,7 +39,61 @@ class Alone(nn.Module):
         return logits.float().log_softmax(dim=1)
 
 
-def expert_stage(index: int) -> str:
+class ExpertTask(Task):
+    """Trains one expert.
+
+    Args:
+        network: The expert.
+        own: Its attack and its loss.
+        schedule: Its schedule.
+        holdout: What it is judged on.
+        device: Where.
+    """
+
+    def __init__(self, network: Alone, own: ExpertRecipe, schedule: Schedule, holdout: Split, device: torch.device) -> None:
+        super().__init__(network, schedule, holdout, device)
+        self.own = own
+
+    def attack(
+        self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
+    ) -> torch.Tensor:
+        """Return the images after the attack drawn for this batch; TRADES' attack leaves the clean answer, not the label."""
+        attack = self.own.draw(choices)
+        if attack is None:
+            return images
+        with self.autocast(), self.statistics():
+            if self.own.loss == "trades":
+                with torch.no_grad():  # cross-entropy against p(x) and KL(p(x) || p(x')) have the same gradient
+                    targets = self.network(images).exp()
+            return perturb(self.network, images, targets, attack, noise)
+
+    def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
+        """Return the loss."""
+        own, smoothing = self.own, self.schedule.label_smoothing
+        with self.autocast():
+            if own.loss == "cross_entropy":
+                return mixture_cross_entropy(self.network(attacked), targets, smoothing), {}
+            on_attacked, on_clean = self.network(torch.cat([attacked, clean])).chunk(2)
+            if own.loss == "trades":
+                return trades(on_clean, on_attacked, targets, own.beta, smoothing), {}
+            return mart(on_clean, on_attacked, targets, own.beta), {}
+
+    def judge(self, averaged: nn.Module) -> Figures:
+        """Return clean accuracy and, but for a benign expert, accuracy under PGD-10."""
+        with self.autocast():
+            figures = {"clean": accuracy_under(averaged, self.holdout, None, self.device)}
+            if self.own.family != "benign":
+                attack = Attack.pgd(8 / 255, 10, 2 / 255)
+                figures["robust"] = accuracy_under(averaged, self.holdout, attack, self.device)
+        return figures
+
+    def experts(self) -> list[nn.Module]:
+        """Return the expert."""
+        assert isinstance(self.network, Alone)
+        return [self.network.expert]
+
+
+def expert_name(index: int) -> str:
     """Return the name under which expert ``index``'s state is kept in the run folder."""
     return f"expert-{index}"
 
@@ -62,52 +115,21 @@ def expert_settings(index: int, recipe: Recipe, dataset: Dataset, seed: int) -> 
     }
 
 
-def pretrain_expert(
-    index: int, recipe: Recipe, dataset: Dataset, folder: RunFolder, device: torch.device, seed: int
-) -> nn.Module:
-    """Train one expert to the end of its schedule, or take it from the run folder when it is finished there.
+def expert_stage(index: int, recipe: Recipe, dataset: Dataset, device: torch.device, seed: int) -> Stage:
+    """Return the stage that trains one expert.
 
     Args:
         index: Which of the recipe's experts, from 0.
         recipe: The recipe.
         dataset: The data, of which some training images are held out.
-        folder: Where the expert's state is kept and resumed from.
         device: Where to train.
         seed: The run's seed; each expert derives its own from it, so that they differ in start and in order of data.
-
-    Returns:
-        The expert with averaged weights, in eval mode.
     """
-    train, holdout = dataset.split_holdout(recipe.holdout)
+    _, holdout = dataset.split_holdout(recipe.holdout)
     torch.manual_seed(seed * 1000 + index)
     network = Alone(Mixture(recipe.architecture).experts[0], recipe.architecture)
     network = network.to(device).to(memory_format=torch.channels_last)
-    own = recipe.experts[index]
-    schedule = expert_schedule(index, recipe)
-    autocast = torch.autocast(device.type, torch.bfloat16)
-
-    def loss(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, Values]:
-        attack = own.draw(generator)
-        with autocast:
-            if attack is not None:
-                with frozen_statistics(network):
-                    images = perturb(network, images, labels, attack, generator)
-            log_probs = network(images)
-        return mixture_cross_entropy(log_probs, labels, schedule.label_smoothing), {}
-
-    def validate(averaged: nn.Module) -> Values:
-        return _validate(averaged, own, holdout.take(slice(recipe.validation_images)), device)
-
+    judged_on = holdout.take(slice(recipe.validation_images))
+    task = ExpertTask(network, recipe.experts[index], expert_schedule(index, recipe), judged_on, device)
     settings = expert_settings(index, recipe, dataset, seed)
-    stage = Stage(expert_stage(index), network, schedule, loss, validate, seed * 1000 + index, settings)
-    averaged = run_stage(stage, train, folder, device)
-    assert isinstance(averaged, Alone)
-    return averaged.expert
-
-
-def _validate(network: nn.Module, own: ExpertRecipe, holdout: Split, device: torch.device) -> Values:
-    with torch.autocast(device.type, torch.bfloat16):
-        figures: Values = {"clean": accuracy_under(network, holdout, None, device)}
-        if own.family != "benign":
-            figures["robust"] = accuracy_under(network, holdout, Attack.pgd(8 / 255, 10, 2 / 255), device)
-    return figures
+    return Stage(expert_name(index), task, recipe.architecture.num_classes, seed * 1000 + index, settings)

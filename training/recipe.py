@@ -13,6 +13,7 @@ from model.architecture import Architecture
 from training.attack import Attack
 
 Family = Literal["benign", "fgsm", "pgd"]
+ExpertLoss = Literal["cross_entropy", "trades", "mart"]
 T = TypeVar("T")
 
 
@@ -27,6 +28,8 @@ class ExpertRecipe:
         steps: What ``pgd`` draws from.
         noise: For ``fgsm``: start from noise of twice the radius and do not project (N-FGSM); otherwise plain FGSM.
         step_fraction: For ``pgd``: step size as a share of epsilon, never less than ``1.25 / steps``.
+        loss: ``cross_entropy`` on the attacked images (PGD-AT, Madry et al. 2018), ``trades`` or ``mart``.
+        beta: Weight of the second term of ``trades`` and ``mart``.
     """
 
     family: Family
@@ -34,6 +37,12 @@ class ExpertRecipe:
     steps: tuple[int, ...] = ()
     noise: bool = True
     step_fraction: float = 0.25
+    loss: ExpertLoss = "cross_entropy"
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.family == "benign" and self.loss != "cross_entropy":
+            raise ValueError(f"a benign expert sees no attacked images, so it can't be trained with {self.loss}")
 
     def draw(self, generator: torch.Generator) -> Attack | None:
         """Return the next batch's attack; ``None`` means train on clean images."""
@@ -64,7 +73,15 @@ class Schedule:
         weight_decay: L2 penalty on every parameter but the convolution kernels, which are held at a fixed norm.
         momentum: Nesterov momentum.
         ema_decay: Decay per step of the averaged weights that validation and export use; 0 turns averaging off.
-        label_smoothing: Label smoothing of every cross-entropy.
+        label_smoothing: Label smoothing of every cross-entropy (Szegedy et al. 2016, section 7).
+        swa_from: Share of the steps after which the averaged weights are the plain mean of all since; 1 means never.
+        optimiser: ``muon`` for the kernels and SGD for the rest, or ``sgd`` for everything.
+        augmentation: ``crop`` (and flip), or ``idbh``, which is stronger.
+        cutmix: CutMix's ``alpha``; 0 turns it off.
+        weight_perturbation: Size ``gamma`` of adversarial weight perturbation (AWP); 0 turns it off (and saves a pass).
+        hold_statistics: Hold batch-norm statistics while attacking, that is attack the network in eval mode.
+        accumulate: Parts in which each worker takes its share of a batch, to save memory.
+        precision: What networks compute in while training; weights and losses are float32 either way.
     """
 
     epochs: float
@@ -76,10 +93,25 @@ class Schedule:
     momentum: float = 0.9
     ema_decay: float = 0.995
     label_smoothing: float = 0.0
+    swa_from: float = 1.0
+    optimiser: Literal["muon", "sgd"] = "muon"
+    augmentation: Literal["crop", "idbh"] = "crop"
+    cutmix: float = 0.0
+    weight_perturbation: float = 0.0
+    hold_statistics: bool = True
+    accumulate: int = 1
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.epochs <= 0:
             raise ValueError(f"a schedule needs batch_size >= 1 and epochs > 0, not {self.batch_size} and {self.epochs}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, not {self.accumulate}")
+        if not 0 <= self.swa_from <= 1 or min(self.cutmix, self.weight_perturbation) < 0:
+            raise ValueError(
+                "swa_from must lie in [0, 1], cutmix and weight_perturbation must not be negative; they are "
+                f"{self.swa_from}, {self.cutmix} and {self.weight_perturbation}"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,8 @@ class JointLoss:
         clean_share: Share of each batch that the clean term sees, to save time.
         experts: Mean cross-entropy of the single experts on the attacked images.
         balance: Load balancing, ``log E`` minus the entropy of the gate's mean weights over a batch.
+        diversity: Log-determinant diversity of the experts' answers under attack (rewarded).
+        top_k: Train with only the ``k`` heaviest experts of each image in the mixture; ``null`` trains softly.
     """
 
     adversarial: float = 1.0
@@ -99,6 +133,12 @@ class JointLoss:
     clean_share: float = 0.25
     experts: float = 0.5
     balance: float = 0.1
+    diversity: float = 0.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"loss.top_k must be at least 1 or null, not {self.top_k}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +155,7 @@ class Recipe:
         loss: Terms of the joint loss.
         joint_epsilons: Radii that the joint attack draws from for every batch.
         joint_steps: Steps of the joint attack; 0 means N-FGSM.
+        gate_temperature: Divides the gate's logits in joint training; below 1 the gate sharpens faster.
         holdout: Training images that are kept aside for model selection.
         validation_images: How many of those an epoch's end is judged on.
     """
@@ -128,6 +169,7 @@ class Recipe:
     loss: JointLoss = field(default_factory=JointLoss)
     joint_epsilons: tuple[float, ...] = (8 / 255,)
     joint_steps: int = 0
+    gate_temperature: float = 1.0
     holdout: int = 1000
     validation_images: int = 256
 

@@ -7,15 +7,20 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+EVENTS = "events"
+
 
 class RunFolder:
-    """One directory per run: ``config.json``, ``metrics.jsonl``, one ``*.safetensors`` per stage, plots.
+    """One directory per run: ``config.json``, ``metrics.jsonl``, ``events/``, one ``*.safetensors`` per stage, plots.
 
     Args:
         path: The directory; made if absent.
@@ -23,6 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._events: SummaryWriter | None = None
         path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, settings: dict[str, Any]) -> None:
@@ -31,11 +37,39 @@ class RunFolder:
         _write_atomically(self.path / "config.json", json.dumps(record, indent=2) + "\n")
 
     def log(self, stage: str, step: int, **values: float | str | list[float]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``, and its numbers to the TensorBoard events under ``events/``.
+
+        TensorBoard shows them as ``<stage>/<name>``, a list's as ``<stage>/<name>/<position>``. Both are on disk when this
+        returns. Steps that a resumed run repeats are in both a second time, with the same numbers.
+        """
         with (self.path / "metrics.jsonl").open("a+") as file:
             if self._cut_short(file):
                 file.write("\n")
             file.write(json.dumps({"time": _now(), "stage": stage, "step": step, **values}) + "\n")
+        self._log_events(stage, step, values)
+
+    def _log_events(self, stage: str, step: int, values: dict[str, float | str | list[float]]) -> None:
+        scalars: dict[str, float] = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                scalars |= {f"{stage}/{name}/{position}": part for position, part in enumerate(value)}
+            elif not isinstance(value, str):
+                scalars[f"{stage}/{name}"] = value
+        if not scalars:
+            return
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which commands that log nothing don't have
+
+            self._events = SummaryWriter(str(self.path / EVENTS))
+        for tag, scalar in scalars.items():
+            self._events.add_scalar(tag, scalar, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Stop writing events; logging again starts a new file of them. Nothing is lost without this but a thread."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     @staticmethod
     def _cut_short(file: TextIO) -> bool:

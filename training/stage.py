@@ -2,51 +2,102 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from training.augmentation import crop_and_flip, to_float
+from training.attack import frozen_statistics
+from training.augmentation import crop_and_flip, cutmix, idbh, to_float
 from training.data import Split
-from training.optimiser import Optimiser
+from training.progress import Progress
 from training.recipe import Schedule
 from training.run_folder import RunFolder
+from training.weight_perturbation import ascended
+from training.worker import StopRequested, Worker
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
 COLLAPSE = 0.6
 """An epoch whose held-out robust accuracy is below this share of the best so far counts as collapsed."""
 
-Values = dict[str, float | list[float]]
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, Values]]
+Terms = dict[str, torch.Tensor]
+Figures = dict[str, float]
+
+
+class Task(nn.Module, ABC):
+    """What a stage trains: the network, its attack, its loss, and how it is judged.
+
+    Args:
+        network: The network, channels-last; all that is saved.
+        schedule: The stage's schedule.
+        holdout: What it is judged on.
+        device: Where the network is.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule, holdout: Split, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.holdout = holdout
+        self.device = device
+
+    @abstractmethod
+    def attack(
+        self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
+    ) -> torch.Tensor:
+        """Return attacked versions of ``images``.
+
+        Args:
+            images: ``(B, 3, H, W)``, float32 in ``[0, 1]``.
+            targets: Classes ``(B,)`` or probabilities ``(B, C)``.
+            choices: Decides which attack (on the CPU, the same for all workers).
+            noise: Source of starting noise, on the images' device.
+        """
+
+    @abstractmethod
+    def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
+        """Return the loss of attacked and clean images, and values to log."""
+
+    @abstractmethod
+    def judge(self, averaged: nn.Module) -> Figures:
+        """Return held-out figures of a network; ``robust`` (in ``[0, 1]``), if present, is watched for collapse."""
+
+    @abstractmethod
+    def experts(self) -> list[nn.Module]:
+        """Return what ``torch.compile`` may compile."""
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which networks run, in the schedule's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bfloat16")
+
+    def statistics(self) -> AbstractContextManager[None]:
+        """Return the context in which an attack runs: batch-norm statistics held, unless the schedule says otherwise."""
+        return frozen_statistics(self.network) if self.schedule.hold_statistics else nullcontext()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage trains and how it is judged.
+    """What one stage trains, and from which seed.
 
     Attributes:
         name: Names the stage's state file and log lines.
-        module: The network; trained in place.
-        schedule: How long and how fast.
-        loss: Images ``(B, 3, H, W)`` in ``[0, 1]``, labels ``(B,)`` and a generator to a scalar loss and values to log.
-        validate: A network to held-out figures; ``robust`` (in ``[0, 1]``), if present, is watched for collapse.
+        task: What is trained; its network is changed in place.
+        num_classes: Number of classes ``C``.
         seed: Everything random in the stage follows from it and the step's number.
         settings: What the stage's result depends on, as JSON values; a saved state with other settings is refused.
     """
 
     name: str
-    module: nn.Module
-    schedule: Schedule
-    loss: Loss
-    validate: Callable[[nn.Module], Values]
+    task: Task
+    num_classes: int
     seed: int
     settings: dict[str, Any]
 
@@ -67,127 +118,162 @@ def total_steps(schedule: Schedule, images: int) -> int:
     return math.ceil(schedule.epochs * (images // schedule.batch_size))
 
 
-def run_stage(stage: Stage, data: Split, folder: RunFolder, device: torch.device) -> nn.Module:
+def run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> nn.Module:
     """Train to the end of the schedule and return the averaged network, in eval mode.
 
     Killed at any point and started again with the same folder, it goes on from the last saved step and, on the same hardware,
     ends with the same weights as an unbroken run: the randomness of a step is a function of the seed and the step's number.
+
+    Raises:
+        StopRequested: The worker was asked to stop; the state is saved.
+        FloatingPointError: The loss became infinite or NaN.
     """
-    schedule, module = stage.schedule, stage.module
-    steps_per_epoch = len(data) // schedule.batch_size
-    steps = total_steps(schedule, len(data))
-    progress = _Progress(module, Optimiser(module, schedule), _averaged(module))
-    first = progress.restore(folder, stage)
-    generator = torch.Generator()
-    bar = tqdm(total=steps, initial=first, desc=stage.name, unit="step", dynamic_ncols=True, mininterval=2)
-    for step in range(first, steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0 or step == first:
-            order = torch.randperm(len(data), generator=generator.manual_seed(_seed(stage.seed, epoch, 0)))
-        generator.manual_seed(_seed(stage.seed, step, 1))
-        batch = data.take(order[position * schedule.batch_size : (position + 1) * schedule.batch_size])
-        images = to_float(crop_and_flip(batch.images, generator), device)
-        module.train()
-        loss, values = stage.loss(images, batch.labels.to(device), generator)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {step}: lower peak_lr")
-        loss.backward()
-        lr = learning_rate(schedule, step, steps)
-        progress.optimiser.step(lr)
-        progress.average(schedule.ema_decay, step)
-        bar.update()
-        if step % LOG_EVERY == 0:
-            folder.log(stage.name, step, loss=loss.item(), lr=lr, **values)
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if position + 1 == steps_per_epoch or step + 1 == steps:
-            _end_epoch(stage, progress, folder, step + 1)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            progress.save(folder, stage, step + 1)
-    bar.close()
-    return progress.ema.eval()
+    trainer = Trainer(stage, data, worker)
+    progress, steps = trainer.progress, trainer.steps
+    first = progress.restore(folder)
+    bar = tqdm(
+        total=steps,
+        initial=first,
+        desc=stage.name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=2,
+        disable=not worker.first,
+    )
+    with bar:
+        for step in range(first, steps):
+            loss, terms = trainer.step(step)
+            bar.update()
+            if step % LOG_EVERY == 0 and worker.first:
+                _log(stage, folder, step, loss, terms, trainer.rate(step))
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            done = step + 1
+            if done % trainer.steps_per_epoch == 0 or done == steps:
+                _end_epoch(stage, progress, folder, done, worker)
+            reason = worker.check_stop(done) if done < steps else None
+            if done < steps and worker.first and (reason or done % SAVE_EVERY == 0):
+                progress.save(folder, done)
+            if reason:
+                raise StopRequested(reason)
+        if first < steps:
+            progress.finish(folder, steps, write=worker.first)
+    return progress.averaged.eval()
 
 
-def _end_epoch(stage: Stage, progress: _Progress, folder: RunFolder, step: int) -> None:
-    figures = stage.validate(progress.ema.eval())
-    folder.log(stage.name, step, **{f"holdout_{name}": value for name, value in figures.items()})
-    shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
-    tqdm.write(f"{stage.name}: step {step}: held-out {shown}")
+class Trainer:
+    """Takes the steps of one stage.
+
+    Args:
+        stage: What to train.
+        data: The training images; kept on the worker's device.
+        worker: Where to train.
+
+    Raises:
+        ValueError: The batch can't be divided as the schedule and the number of workers ask.
+    """
+
+    def __init__(self, stage: Stage, data: Split, worker: Worker) -> None:
+        self._stage, self._worker, self._schedule = stage, worker, stage.task.schedule
+        self._parts = worker.count * self._schedule.accumulate
+        if self._schedule.batch_size % self._parts:
+            raise ValueError(
+                f"batch_size {self._schedule.batch_size} can't be divided among {worker.count} workers that each accumulate "
+                f"{self._schedule.accumulate}: choose a multiple of {self._parts}"
+            )
+        self.steps_per_epoch = len(data) // self._schedule.batch_size
+        self.steps = total_steps(self._schedule, len(data))
+        self.progress = Progress(stage.task.network, self._schedule, stage.name, stage.settings)
+        self._data = data.to(worker.device)
+        self._choices, self._noise = torch.Generator(), torch.Generator(worker.device)
+        self._epoch, self._order = -1, torch.empty(0)
+        if worker.compile:
+            for expert in stage.task.experts():
+                expert.compile()
+        self._parallel = worker.parallel(stage.task)
+        self._check_every = 1 if worker.device.type == "cpu" else LOG_EVERY  # looking at the loss makes a GPU wait
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return learning_rate(self._schedule, step, self.steps)
+
+    def step(self, step: int) -> tuple[torch.Tensor, Terms]:
+        """Take one step and return the loss and its terms, of this worker's last part of the batch."""
+        images, targets = self._batch(step)
+        self._stage.task.train()
+        parts = list(self._attacked(images, targets, step))
+        loss, terms = self._gradients(parts)
+        if step % self._check_every == 0 and not torch.isfinite(loss):
+            raise FloatingPointError(f"{self._stage.name}: the loss is {loss.item()} at step {step}: lower peak_lr")
+        if self._schedule.weight_perturbation:
+            with ascended(self._stage.task.network, self._schedule.weight_perturbation):
+                self._gradients(parts)
+        self.progress.optimiser.step(self.rate(step))
+        self.progress.average(step, self.steps)
+        return loss, terms
+
+    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the whole step's augmented images and targets; every worker draws the same."""
+        schedule = self._schedule
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(len(self._data), generator=self._choices.manual_seed(self._seed(epoch, 0)))
+            self._epoch, self._order = epoch, order.to(self._worker.device)
+        batch = self._data.take(self._order[position * schedule.batch_size : (position + 1) * schedule.batch_size])
+        generator = self._noise.manual_seed(self._seed(step, 1))
+        images = (idbh if schedule.augmentation == "idbh" else crop_and_flip)(batch.images, generator)
+        targets = batch.labels
+        if schedule.cutmix:
+            images, targets = cutmix(images, targets, self._stage.num_classes, schedule.cutmix, generator)
+        return to_float(images, self._worker.device), targets
+
+    def _attacked(
+        self, images: torch.Tensor, targets: torch.Tensor, step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield attacked images, clean images and targets of this worker's parts of a batch.
+
+        A part's noise follows from its number in the batch, so that two workers and one that accumulates twice do the same.
+        """
+        accumulate = self._schedule.accumulate
+        first = self._worker.rank * accumulate
+        shares = list(zip(images.chunk(self._parts), targets.chunk(self._parts), strict=True))
+        for number, (clean, labels) in enumerate(shares[first : first + accumulate], start=first):
+            self._choices.manual_seed(self._seed(step, 2))
+            self._noise.manual_seed(self._seed(step, 3 + number))
+            yield self._stage.task.attack(clean, labels, self._choices, self._noise), clean, labels
+
+    def _gradients(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, Terms]:
+        """Add up the gradients of all parts, averaged over the workers, and return the last part's loss and terms."""
+        for number, part in enumerate(parts, start=1):
+            with self._held_back() if number < len(parts) else nullcontext():
+                loss, terms = self._parallel(*part)
+                (loss / len(parts)).backward()
+        return loss.detach(), terms
+
+    def _held_back(self) -> AbstractContextManager[None]:
+        """Return the context in which gradients are added up, but not yet averaged over the workers."""
+        if isinstance(self._parallel, DistributedDataParallel):
+            held_back: AbstractContextManager[None] = self._parallel.no_sync()
+            return held_back
+        return nullcontext()
+
+    def _seed(self, number: int, purpose: int) -> int:
+        return (self._stage.seed * 1_000_003 + number) * 1024 + purpose
+
+
+def _log(stage: Stage, folder: RunFolder, step: int, loss: torch.Tensor, terms: Terms, rate: float) -> None:
+    values: dict[str, float | list[float]] = {name: term.tolist() for name, term in terms.items()}
+    folder.log(stage.name, step, loss=loss.item(), lr=rate, **values)
+
+
+def _end_epoch(stage: Stage, progress: Progress, folder: RunFolder, step: int, worker: Worker) -> None:
+    figures = worker.agreed(stage.task.judge(progress.averaged.eval()) if worker.first else {})
     robust = figures.get("robust")
-    if not isinstance(robust, float):
+    collapsed = robust is not None and progress.judge(robust, COLLAPSE)
+    if not worker.first:
         return
-    if robust < COLLAPSE * progress.best_robust:
-        tqdm.write(f"{stage.name}: robust accuracy collapsed from {progress.best_robust:.3f} to {robust:.3f}: rolled back")
-        folder.log(stage.name, step, event="rollback", robust=robust, best_robust=progress.best_robust)
-        progress.roll_back()
-    elif robust >= progress.best_robust:
-        progress.keep(robust)
-
-
-def _seed(seed: int, number: int, purpose: int) -> int:
-    return (seed * 1_000_003 + number) * 2 + purpose
-
-
-def _averaged(module: nn.Module) -> nn.Module:
-    ema = copy.deepcopy(module)
-    ema.requires_grad_(False)
-    return ema
-
-
-class _Progress:
-    """All that a stage changes: weights, averaged weights, momentum, and the best weights to roll back to."""
-
-    def __init__(self, module: nn.Module, optimiser: Optimiser, ema: nn.Module) -> None:
-        self.module, self.optimiser, self.ema = module, optimiser, ema
-        self.best_robust = 0.0
-        self._best: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def average(self, decay: float, step: int) -> None:
-        """Move the averaged weights towards the current ones; early steps count more, so that no start lingers."""
-        decay = min(decay, (1 + step) / (10 + step))
-        averaged, current = self.ema.state_dict(), self.module.state_dict()
-        for name, value in averaged.items():
-            if value.is_floating_point():
-                value.lerp_(current[name], 1 - decay)
-            else:
-                value.copy_(current[name])
-
-    def keep(self, robust: float) -> None:
-        self.best_robust = robust
-        self._best = {name: value.clone() for name, value in self.ema.state_dict().items()}
-
-    def roll_back(self) -> None:
-        self.module.load_state_dict(self._best)
-        self.ema.load_state_dict(self._best)
-        for momentum in self.optimiser.state().values():  # it points to where the collapse came from
-            momentum.zero_()
-
-    def save(self, folder: RunFolder, stage: Stage, step: int) -> None:
-        groups = {
-            "module": self.module.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimiser": self.optimiser.state(),
-            "best": self._best,
-        }
-        tensors = {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
-        folder.save(stage.name, tensors, {"step": step, "best_robust": self.best_robust, "settings": stage.settings})
-
-    def restore(self, folder: RunFolder, stage: Stage) -> int:
-        """Take over a saved state, if there is one, and return the next step's number."""
-        saved = folder.load(stage.name)
-        if saved is None:
-            return 0
-        tensors, counters = saved
-        if counters["settings"] != json.loads(json.dumps(stage.settings)):
-            raise ValueError(f"{folder.path} holds '{stage.name}' trained with other settings: choose a new --run folder")
-        groups: dict[str, dict[str, torch.Tensor]] = {"module": {}, "ema": {}, "optimiser": {}, "best": {}}
-        for key, value in tensors.items():
-            group, _, rest = key.partition("/")
-            groups[group][rest] = value
-        self.module.load_state_dict(groups["module"])
-        self.ema.load_state_dict(groups["ema"])
-        self.optimiser.load_state(groups["optimiser"])
-        device = next(self.module.parameters()).device
-        self._best = {key: value.to(device) for key, value in groups["best"].items()}
-        self.best_robust = counters["best_robust"]
-        return int(counters["step"])
+    folder.log(stage.name, step, **{f"holdout_{name}": value for name, value in figures.items()})
+    tqdm.write(f"{stage.name}: step {step}: held-out {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
+    if robust is not None and collapsed:
+        best = progress.best_robust
+        tqdm.write(f"{stage.name}: robust accuracy collapsed from {best:.3f} to {robust:.3f}: rolled back")
+        folder.log(stage.name, step, event="rollback", robust=robust, best_robust=best)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.mixture import Mixture
+from tests.training.evaluation.linear import linear
 from training.attack import Attack, frozen_statistics, perturb
 
 EPSILON = 8 / 255
@@ -17,6 +18,7 @@ ATTACKS = {
     "N-FGSM": Attack.noise_fgsm(EPSILON),
     "PGD": Attack.pgd(EPSILON, steps=4, step_size=2 / 255),
     "PGD with steps beyond the ball": Attack.pgd(EPSILON, steps=2, step_size=1.0),
+    "margin PGD": Attack.pgd(EPSILON, steps=4, step_size=2 / 255, objective="margin"),
 }
 PROJECTED = [name for name, attack in ATTACKS.items() if attack.project]
 
@@ -71,6 +73,57 @@ def test_fgsm_on_a_linear_model_is_the_sign_step_by_hand() -> None:
     errors[torch.arange(5), labels] -= 1
     expected = (images + 0.1 * (errors @ weights.T).sign().view_as(images)).clamp(0, 1)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_a_margin_step_on_a_linear_model_by_hand() -> None:
+    weights = torch.randn(48, 3, generator=generator(3))
+    images = torch.rand(5, 3, 4, 4, generator=generator(4))
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    attack = Attack(epsilon=0.1, steps=1, step_size=0.1, objective="margin")
+    result = perturb(lambda x: x.flatten(1) @ weights, images, labels, attack, generator())
+    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        logits = image.flatten() @ weights
+        rival = max((other for other in range(3) if other != label), key=lambda other: logits[other].item())
+        expected = (image + 0.1 * (weights[:, rival] - weights[:, label]).sign().view(3, 4, 4)).clamp(0, 1)
+        torch.testing.assert_close(result[index], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("epsilon", [2 / 255, 8 / 255, 20 / 255])
+def test_between_two_classes_pgd_breaks_exactly_what_can_be_broken(epsilon: float, objective: Any) -> None:
+    network = linear(classes=2)
+    attack = Attack.pgd(epsilon, 10, epsilon / 4, objective=objective)
+    robust = network.robust(epsilon)
+    assert torch.equal(network.bench.correct(network, attack), robust)
+    assert 10 < robust.sum() < 98
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
+def test_among_five_classes_pgd_breaks_nothing_that_cannot_be_broken_and_nearly_all_else(objective: Any) -> None:
+    network = linear(classes=5)
+    right = network.bench.correct(network, Attack.pgd(EPSILON, 20, 2 / 255, objective=objective))
+    robust = network.robust(EPSILON)
+    assert 10 < robust.sum() < 90
+    assert not (robust & ~right).any()
+    assert (right & ~robust).sum() < 10
+
+
+def test_the_margin_has_a_slope_where_the_cross_entropy_is_saturated() -> None:
+    network = linear(classes=2)
+    confident = {
+        objective: network.bench.correct(
+            lambda images: 1e6 * network(images), Attack(EPSILON, 10, 2 / 255, objective=objective)
+        )
+        for objective in ("cross_entropy", "margin")
+    }
+    assert torch.equal(confident["margin"], network.robust(EPSILON))
+    assert torch.equal(confident["cross_entropy"], network.robust(0))  # nothing moved
+
+
+def test_certain_probabilities_as_labels_are_labels(mixture: Mixture, extreme: torch.Tensor, labels: torch.Tensor) -> None:
+    certain = torch.nn.functional.one_hot(labels, 5).float()
+    by_label, by_probability = (perturb(mixture, extreme, y, ATTACKS["PGD"], generator()) for y in (labels, certain))
+    assert (by_label - by_probability).abs().mean() < 1e-4  # a sign may turn where the gradient is all but zero
 
 
 def test_pgd_lowers_the_true_class_more_than_noise_and_more_than_fgsm(mixture: Mixture, images: torch.Tensor) -> None:
@@ -136,6 +189,16 @@ def test_a_failure_while_frozen_restores_the_mode(mixture: Mixture) -> None:
     with frozen_statistics(network):
         pass
     assert not any(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"restarts": 0}, "restarts"), ({"restarts": 2}, "noise"), ({"objective": "hinge"}, "cross_entropy, margin, not 'hinge'")],
+    ids=str,
+)
+def test_restarts_and_objectives_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attack(**{"epsilon": 0.1, "steps": 1, "step_size": 0.1, **changes})
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from training.data import Dataset, load_dataset
+from training.data import Split, load_dataset
 
 if TYPE_CHECKING:
     from tests.conftest import Bomb
@@ -48,6 +49,11 @@ def test_names_default_to_numbers_and_any_integer_type_will_do(colours: Arrays, 
     dataset = load_dataset(save(tmp_path, colours))
     assert dataset.label_names == ("0", "1", "2")
     assert dataset.test.labels.tolist() == [index % 3 for index in range(24)]
+
+
+def test_names_may_be_bytes_as_other_tools_write_them(colours: Arrays, tmp_path: Path) -> None:
+    colours["label_names"] = np.array([name.encode() for name in ("rot", "grün", "blau")])
+    assert load_dataset(save(tmp_path, colours)).label_names == ("rot", "grün", "blau")
 
 
 def test_inexact_test_images_are_left_out(colours: Arrays, tmp_path: Path) -> None:
@@ -103,21 +109,53 @@ BAD: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "channels first": (lambda a: a.update(test_images=a["test_images"].transpose(0, 3, 1, 2)), "test_images"),
     "no colour": (lambda a: a.update(train_images=a["train_images"][..., 0]), "train_images"),
     "four channels": (lambda a: a.update(train_images=np.zeros((42, 8, 8, 4), np.uint8)), "train_images"),
-    "other sizes in test": (lambda a: a.update(test_images=np.zeros((24, 9, 9, 3), np.uint8)), "differ in size"),
+    "other sizes in test": (lambda a: a.update(test_images=np.zeros((24, 9, 8, 3), np.uint8)), "8 x 8 and 9 x 8 pixels"),
+    "no pixels": (lambda a: a.update(test_images=np.zeros((24, 0, 8, 3), np.uint8)), "test_images holds no images"),
+    "images of different sizes": (
+        lambda a: a.update(train_images=np.array([np.zeros((8, 8, 3)), np.zeros((9, 9, 3))], dtype=object)),
+        "array train_images, which must be plain numbers or text and all images of one size",
+    ),
     "fractions as labels": (lambda a: a.update(train_labels=a["train_labels"] / 1), "train_labels"),
     "words as labels": (lambda a: a.update(test_labels=np.array(["red"] * 24)), "test_labels"),
     "one-hot labels": (lambda a: a.update(train_labels=np.eye(3, dtype=int)[a["train_labels"]]), "train_labels"),
     "too few labels": (lambda a: a.update(train_labels=a["train_labels"][:-1]), "42 train_images but 41 train_labels"),
     "too many labels": (lambda a: a.update(test_images=a["test_images"][:-1]), "23 test_images but 24 test_labels"),
-    "a negative label": (lambda a: a["train_labels"].put(3, -1), "negative label -1"),
+    "too few images for the inexact positions": (
+        lambda a: a.update(test_images=a["test_images"][:20], test_inexact=np.array([22])),
+        "20 test_images but 24 test_labels",
+    ),
+    "one label": (lambda a: a.update(test_labels=np.array(1)), "test_labels must be (N,) integers"),
+    "a negative label": (lambda a: a["train_labels"].put(3, -1), "train_labels has the negative label -1"),
     "a single class": (lambda a: (a["train_labels"].fill(1), a["test_labels"].fill(1)), "single class"),
-    "a label without a name": (lambda a: a["test_labels"].put(0, 3), "label 3 has no name"),
-    "no training images": (lambda a: a.update(train_images=a["train_images"][:0], train_labels=a["train_labels"][:0]), "0 "),
-    "no test images": (lambda a: a.update(test_inexact=np.arange(24)), "0 test_images"),
+    "a test label without a name": (lambda a: a["test_labels"].put(0, 3), "test_labels: label 3 has no name"),
+    "a training label without a name": (lambda a: a["train_labels"].put(0, 3), "train_labels: label 3 has no name"),
+    "a class only in test": (lambda a: (a.pop("label_names"), a["test_labels"].put(0, 3)), "test_labels has label 3, of which"),
+    "a named class only in test": (
+        lambda a: (a.update(label_names=np.array(["red", "green", "blue", "grey"])), a["test_labels"].put(0, 3)),
+        "test_labels has label 3 (grey), of which train_labels has no image",
+    ),
+    "a name without images": (
+        lambda a: a.update(label_names=np.array(["red", "green", "blue", "grey"])),
+        "label_names has grey, of which train_labels has no image",
+    ),
+    "a gap between the labels": (
+        lambda a: (a.pop("label_names"), np.place(a["train_labels"], a["train_labels"] == 1, 10**12)),
+        "train_labels go up to 1000000000000 but none is 1",
+    ),
+    "labels from 1": (
+        lambda a: (a.pop("label_names"), a.update({p: a[p] + 1 for p in ("train_labels", "test_labels")})),
+        "train_labels go up to 3 but none is 0",
+    ),
+    "no training images": (
+        lambda a: a.update(train_images=a["train_images"][:0], train_labels=a["train_labels"][:0]),
+        "train_images holds no images",
+    ),
+    "no test images": (lambda a: a.update(test_inexact=np.arange(24)), "test_images holds no images"),
     "inexact positions beyond the end": (lambda a: a.update(test_inexact=np.array([24])), "test_inexact"),
     "inexact positions as fractions": (lambda a: a.update(test_inexact=np.array([0.5])), "test_inexact"),
     "one name for all": (lambda a: a.update(label_names=np.array("red")), "label_names"),
     "a name twice": (lambda a: a.update(label_names=np.array(["red", "red", "blue"])), "label_names"),
+    "a name that is no text": (lambda a: a.update(label_names=np.array(["red", "green", "\ud800"])), "not Unicode text"),
 }
 
 
@@ -179,82 +217,125 @@ def test_a_path_that_is_not_there_is_refused_with_what_would_do() -> None:
         load_dataset("nowhere/cifar.npz")
 
 
-# --- image folders
-
-SHADES = {"dark": (10, 20, 30), "light": (200, 210, 220)}
+# --- overlap
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "shades"
-    for part, count in (("train", 3), ("test", 2)):
-        for name, colour in SHADES.items():
-            (root / part / name).mkdir(parents=True)
-            for index in range(count):
-                Image.new("RGB", (10, 14), colour).save(root / part / name / f"{index}.png")
-    return root
+def digest(image: np.ndarray) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def load_folder(folder: Path) -> Dataset:
-    return load_dataset(str(folder), size=8)
+def overlapping(colours: Arrays) -> tuple[str, ...]:
+    """Put training images 7 and 30 into the test split (7 twice) and return their hashes in order of the test split."""
+    for test, train in ((20, 7), (4, 30), (9, 7)):
+        colours["test_images"][test] = colours["train_images"][train]
+    return digest(colours["train_images"][30]), digest(colours["train_images"][7])
 
 
-def test_an_image_folder_is_resized_and_labelled_by_its_sub_folders(folder: Path) -> None:
-    (folder / "train" / "dark" / "notes.txt").write_text("not an image")
-    Image.new("L", (8, 8), 200).save(folder / "test" / "light" / "grey.JPEG")
-    dataset = load_folder(folder)
-    assert dataset.label_names == ("dark", "light")
-    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert dataset.test.labels.tolist() == [0, 0, 1, 1, 1]
-    assert dataset.train.images.shape == (6, 3, 8, 8)
-    for image, label in zip(dataset.train.images, dataset.train.labels, strict=True):
-        expected = torch.tensor(list(SHADES.values())[label], dtype=torch.uint8).view(3, 1, 1)
-        assert torch.equal(image, expected.expand(3, 8, 8))
+def test_test_images_that_were_trained_on_are_refused_by_hash_and_position(colours: Arrays, tmp_path: Path) -> None:
+    first, second = overlapping(colours)
+    with pytest.raises(ValueError, match=r"bad\.npz: 3 of 24 test images are training images too") as refusal:
+        load_dataset(save(tmp_path, colours))
+    assert f"{first[:16]} (train_images[30] = test_images[4])" in str(refusal.value)
+    assert f"{second[:16]} (train_images[7] = test_images[9])" in str(refusal.value)
+    assert "--allow-overlap" in str(refusal.value)
 
 
-def broken(folder: Path) -> None:
-    (folder / "train" / "light" / "9.png").write_bytes(b"no image")
+def test_an_overlap_that_is_allowed_is_warned_of_in_one_line_and_recorded(
+    colours: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = overlapping(colours)
+    dataset = load_dataset(save(tmp_path, colours), allow_overlap=True)
+    assert dataset.overlap == expected
+    assert len(dataset.test) == 24
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert warning.count("\n") == 1
 
 
-def half(folder: Path) -> None:
-    Image.effect_noise((60, 60), 90).save(folder / "train" / "light" / "9.png")
-    content = (folder / "train" / "light" / "9.png").read_bytes()
-    (folder / "train" / "light" / "9.png").write_bytes(content[: len(content) // 2])
+def test_positions_are_those_in_the_file_also_when_inexact_images_are_left_out(colours: Arrays, tmp_path: Path) -> None:
+    overlapping(colours)
+    colours["test_inexact"] = np.array([0, 1, 4])
+    with pytest.raises(ValueError, match=r"2 of 21 test images .*\(train_images\[7\] = test_images\[9\]\):"):
+        load_dataset(save(tmp_path, colours))
+    colours["test_inexact"] = np.array([4, 9, 20])
+    assert load_dataset(save(tmp_path, colours)).overlap == ()
 
 
-def garbled(folder: Path) -> None:
-    Image.effect_noise((60, 60), 90).save(folder / "train" / "light" / "9.png")
-    content = bytearray((folder / "train" / "light" / "9.png").read_bytes())
-    content[33:60] = b"\xff" * 27  # where the first data chunk's length and type stand
-    (folder / "train" / "light" / "9.png").write_bytes(content)
+def test_one_different_pixel_is_another_image_and_repeats_within_a_split_are_no_overlap(
+    colours: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    colours["test_images"][4] = colours["train_images"][30]
+    colours["test_images"][4, 3, 3, 1] ^= 1
+    colours["train_images"][1] = colours["train_images"][2]
+    colours["test_images"][1] = colours["test_images"][2]
+    assert load_dataset(save(tmp_path, colours)).overlap == ()
+    assert capsys.readouterr().err == ""
 
 
-def only_in_test(folder: Path) -> None:
-    (folder / "test" / "grey").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "test" / "grey" / "0.png")
+# --- downloads
 
 
-def one_class(folder: Path) -> None:
-    (folder / "train" / "light").rename(folder / "elsewhere")
+def published(split: str, colours: Arrays) -> SimpleNamespace:
+    labels = colours[f"{split}_labels"].tolist()
+    return SimpleNamespace(data=colours[f"{split}_images"], targets=labels, classes=colours["label_names"].tolist())
 
 
-def no_test(folder: Path) -> None:
-    (folder / "test").rename(folder / "elsewhere")
+def test_a_download_is_taken_as_it_was_published(
+    colours: Arrays, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torchvision
+
+    expected = overlapping(colours)
+    fake = lambda root, train, download: published("train" if train else "test", colours)  # noqa: E731
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fake)
+    dataset = load_dataset("cifar100", tmp_path)
+    assert (dataset.name, dataset.label_names, dataset.overlap) == ("cifar100", ("red", "green", "blue"), expected)
+    assert "warning: cifar100: 3 of 24 test images" in capsys.readouterr().err
+    assert np.array_equal(dataset.train.images.permute(0, 2, 3, 1).numpy(), colours["train_images"])
 
 
-FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a file that is no image": (broken, r"light/9\.png is not a readable image"),
-    "half an image": (half, r"light/9\.png is not a readable image"),
-    "a garbled image": (garbled, r"light/9\.png is not a readable image"),
-    "a class only in test": (only_in_test, r"shades/test has classes that .*shades/train lacks: grey"),
-    "a single class": (one_class, r"shades/train must hold one folder per class"),
-    "no test images": (no_test, r"shades/test holds no images"),
-}
+def test_svhn_is_turned_to_channels_last(colours: Arrays, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torchvision
+
+    def fake(root: Path, split: str, download: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            data=colours[f"{split}_images"].transpose(0, 3, 1, 2), labels=colours[f"{split}_labels"]
+        )  # as SVHN stores them
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", fake)
+    dataset = load_dataset("svhn", tmp_path)
+    assert dataset.label_names == ("0", "1", "2")
+    assert np.array_equal(dataset.test.images.permute(0, 2, 3, 1).numpy(), colours["test_images"])
 
 
-@pytest.mark.parametrize("case", FOLDERS)
-def test_a_bad_image_folder_is_refused_by_path(folder: Path, case: str) -> None:
-    spoil, message = FOLDERS[case]
-    spoil(folder)
-    with pytest.raises(ValueError, match=message):
-        load_folder(folder)
+def test_a_download_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torchvision
+
+    def fake(*_: object, **__: object) -> None:
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    with pytest.raises(ValueError, match=r"cifar10 cannot be downloaded into .*corrupted"):
+        load_dataset("cifar10", tmp_path)
+
+
+# --- splits
+
+
+def test_a_split_takes_and_moves_without_changing_pixels_or_layout(colour_file: Path) -> None:
+    split = load_dataset(str(colour_file)).train
+    moved = split.to("cpu").take(torch.tensor([5, 0, 5]))
+    assert torch.equal(moved.images, split.images[[5, 0, 5]])
+    assert moved.labels.tolist() == [2, 0, 2]
+    assert split.to(torch.device("cpu")).images.is_contiguous(memory_format=torch.channels_last)
+    assert split.take(slice(3)).labels.tolist() == [0, 1, 2]
+
+
+def test_a_split_on_another_device_stays_there(colour_file: Path) -> None:
+    split = load_dataset(str(colour_file)).train.to("meta")  # a device that every machine has
+    for indices in (torch.tensor([1, 2]), torch.tensor([1, 2], device="meta"), slice(2)):
+        part = split.take(indices)
+        assert isinstance(part, Split)
+        assert (part.images.device.type, part.labels.device.type) == ("meta", "meta")
+        assert part.images.shape == (2, 3, 8, 8)
+    assert split.images.is_contiguous(memory_format=torch.channels_last)

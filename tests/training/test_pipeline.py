@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +22,7 @@ import training.stage
 from model.checkpoint import load_checkpoint, read_header
 from training.cli import main
 from training.data import load_dataset
+from training.recipe import RECIPES, Recipe
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -47,7 +53,8 @@ def test_the_checkpoint_loads_and_says_what_it_was_made_of(tiny_run: TinyRun) ->
     assert (header.architecture.width, header.architecture.height, header.architecture.num_experts) == (4, 8, 9)
     assert header.data == {"name": "colours", "training_sha256": dataset.digest, "held_out_training_images": 10}
     assert header.recipe["seed"] == 0
-    assert header.recipe["joint_steps"] == 2
+    assert header.recipe["joint_training_steps"] == 2
+    assert header.recipe["joint_steps"] == 0  # of the attack: N-FGSM
     assert header.recipe["joint"]["batch_size"] == 16
     assert header.recipe["git_revision"]
     log_probs = load_checkpoint(tiny_run.checkpoint)(dataset.test.images[:4].float() / 255)
@@ -75,6 +82,7 @@ def test_the_run_folder_holds_configuration_log_states_and_plots(tiny_run: TinyR
         "loss.png",
         "robust.png",
         "gate.png",
+        "events",
         *(f"{stage}.safetensors" for stage in STAGES),
     }
     for plot in ("loss.png", "robust.png", "gate.png"):
@@ -267,3 +275,100 @@ def test_a_checkpoint_of_another_architecture_is_no_start(
     message = refusal(capsys, ["joint", *arguments, "--init", str(tiny_run.checkpoint)])
     assert "width=4" in message
     assert "width=5" in message
+
+
+def test_a_checkpoint_trained_at_another_temperature_answers_as_its_training_ended(tiny_run: TinyRun, tmp_path: Path) -> None:
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--init", str(tiny_run.checkpoint), "--set", "gate_temperature=0.25"]
+    assert main(["joint", *arguments]) == 0
+    assert main(["export", *arguments, "--out", str(tmp_path / "out.safetensors")]) == 0
+    ended = load_file(tmp_path / "run" / "joint.safetensors")["ema/gate.head.weight"].float()
+    stored = load_file(tmp_path / "out.safetensors")["gate.head.weight"].float()
+    torch.testing.assert_close(stored, 4 * ended)
+
+
+def test_a_process_killed_in_the_middle_leaves_what_the_next_one_needs(tiny_run: TinyRun, tmp_path: Path) -> None:
+    def arguments(folder: Path) -> list[str]:
+        long = ["--set", "pretrain.epochs=120", "--experts", "1", "--threads", "1"]
+        return ["pretrain", *tiny_run.arguments(folder), *long]
+
+    state = tmp_path / "broken" / "expert-1.safetensors"
+    command = [sys.executable, "-m", "training.cli", *arguments(tmp_path / "broken")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]) as process:
+        while not state.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert main(arguments(tmp_path / "broken")) == 0
+    assert main(arguments(tmp_path / "whole")) == 0
+    assert same(state, tmp_path / "whole" / "expert-1.safetensors")
+
+
+def test_slices_of_a_run_end_with_the_checkpoint_of_an_unbroken_one(tiny_run: TinyRun, tmp_path: Path) -> None:
+    folder, parts, out = copy_of(tiny_run, tmp_path / "run", *STAGES[:8]), tmp_path / "parts", tmp_path / "out.safetensors"
+    command = ["slice", *tiny_run.arguments(folder), "--parts", str(parts), "--out", str(out), "--minutes", "0"]
+    statuses = []
+    while not statuses or statuses[-1] == 75:
+        statuses.append(main(command))
+        assert len(statuses) < 9
+    assert statuses == [75, 75, 0]  # one step each: a step of expert 8, one of joint training, and the rest is its end
+    assert read_header(out).weights_sha256 == read_header(tiny_run.checkpoint).weights_sha256
+    assert max(path.stat().st_size for path in parts.iterdir()) <= 16 * 2**20
+    assert {path.name.split(".")[0] for path in parts.iterdir()} == {*STAGES, "out"}
+
+
+def test_a_run_is_taken_up_from_its_parts_on_another_machine(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts, outs = tmp_path / "parts", [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    folder = copy_of(tiny_run, tmp_path / "run", *STAGES[:9])
+
+    def command(run: Path, out: Path, *more: str) -> list[str]:
+        return ["slice", *tiny_run.arguments(run), "--parts", str(parts), "--out", str(out), *more]
+
+    assert main(command(folder, outs[0], "--minutes", "0")) == 75  # in the middle of joint training
+    assert "the same command goes on" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert main(command(tmp_path / "elsewhere", outs[0])) == 0
+    again = [row["stage"] for row in RunFolder(tmp_path / "elsewhere").metrics()]
+    assert set(again) == {"joint"}  # the experts came whole
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert main(command(tmp_path / "third", outs[1])) == 0  # and so did the mixture
+    assert read_header(outs[0]).weights_sha256 == read_header(outs[1]).weights_sha256
+
+
+@pytest.mark.parametrize("command", ["pretrain", "joint"])
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, *tiny_run.arguments(tmp_path / "run"), "--dry-run"])
+    assert stop.value.code == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["stage", *STAGES, "all"]
+    assert all(int(row[1]) == 2 and float(row[2]) > 0 and float(row[4]) > 0 for row in rows[1:-1])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loss", ["trades", "mart"])
+def test_experts_can_be_trained_with_other_losses(tiny_run: TinyRun, tmp_path: Path, loss: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "compact", with_loss(RECIPES["compact"], loss))
+        assert main(["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1,5"]) == 0
+    assert not same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
+    assert all(row.get("loss", 0) >= 0 for row in RunFolder(tmp_path).metrics())
+
+
+def with_loss(recipe: Recipe, loss: str) -> Recipe:
+    experts = tuple(replace(own, loss=loss) if own.family != "benign" else own for own in recipe.experts)  # type: ignore[arg-type]
+    return replace(recipe, experts=experts)
+
+
+def test_the_papers_procedure_runs_at_toy_size(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Nine experts, one, four and four, with the paper's draws, then joint training through the whole mixture."""
+    out = tmp_path / "paper.safetensors"
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--recipe", "paper"]
+    assert main(["compact", *arguments, "--out", str(out), "--n", "6"]) == 0
+    header = read_header(out)
+    assert [expert["family"] for expert in header.recipe["experts"]] == ["benign", *["fgsm"] * 4, *["pgd"] * 4]
+    assert header.metrics["n"] == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,56 @@ def test_what_is_logged_after_a_line_cut_short_is_kept(tmp_path: Path) -> None:
     folder.log("joint", 2, loss=1.0)
     folder.log("joint", 3, loss=1.0)
     assert steps(folder) == [0, 1, 2, 3]
+
+
+def events(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Return every scalar's steps and values, as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder.path / "events"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_numbers_are_shown_by_tensorboard_under_their_stage_while_the_run_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log("joint", 0, loss=0.5, gate=[0.25, 0.75], lr=0.125)
+    folder.log("joint", 20, loss=math.nan, gate=[0.5, 0.5], lr=0.25)
+    folder.log("joint", 20, event="rollback", robust=0.0625)
+    folder.log("expert-3", 0, loss=2.0, count=3)
+    seen = events(folder)  # before close(): this is what a kill leaves
+    assert [step for step, _ in seen["joint/loss"]] == [0, 20]
+    assert math.isnan(seen.pop("joint/loss")[1][1])
+    assert seen == {
+        "joint/gate/0": [(0, 0.25), (20, 0.5)],
+        "joint/gate/1": [(0, 0.75), (20, 0.5)],
+        "joint/lr": [(0, 0.125), (20, 0.25)],
+        "joint/robust": [(20, 0.0625)],
+        "expert-3/loss": [(0, 2.0)],
+        "expert-3/count": [(0, 3.0)],
+    }
+    folder.close()
+    assert events(folder).keys() == {*seen, "joint/loss"}
+
+
+def test_a_resumed_run_adds_to_the_events_and_repeats_steps_without_losing_any(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    for step in (0, 20, 40):
+        first.log("expert-0", step, loss=1.0)
+    first.log("joint", 0, loss=4.0)
+    second = RunFolder(tmp_path)  # the first was killed: nobody closed it
+    for step in (20, 40, 60):
+        second.log("expert-0", step, loss=1.0)
+    second.close()
+    second.close()
+    second.log("expert-0", 80, loss=1.0)
+    second.close()
+    seen = events(second)
+    assert {step for step, _ in seen["expert-0/loss"]} == {0, 20, 40, 60, 80}
+    assert {value for _, value in seen["expert-0/loss"]} == {1.0}
+    assert seen["joint/loss"] == [(0, 4.0)]
+    assert steps(first) == [0, 20, 40, 0, 20, 40, 60, 80]
+    first.close()
 
 
 def test_a_saved_state_can_be_loaded_and_replaced(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from model.checkpoint import load_checkpoint, read_header, save_checkpoint
 from training.cli import main
 from training.data import load_dataset
-from training.report import _interval, _paired_tests
 
 if TYPE_CHECKING:
     from tests.training.conftest import TinyRun
@@ -60,8 +58,10 @@ def test_the_figures_say_how_they_were_measured(tiny_run: TinyRun, evaluated: Pa
     assert results["checkpoint_sha256"] == header.weights_sha256
     assert results["data"] == {"name": "colours", "test_sha256": load_dataset(str(tiny_run.data)).test_digest}
     assert (results["n"], results["seed"], results["precision"], results["top_k"]) == (20, 0, "float32", None)
+    assert (results["level"], results["class_names"]) == ("quick", ["red", "green", "blue"])
     assert results["attacks"]["FGSM"]["epsilon"] == 8 / 255
     assert results["attacks"]["PGD-10"]["steps"] == 10
+    assert results["attacks"]["PGD-10"]["restarts"] == 1
     assert results["versions"]["torch"] == torch.__version__
     assert results["best_single_expert"]["name"] in NETWORKS - {"mixture", "uniform average"}
     assert [(test["against"], test["attack"]) for test in results["paired_tests"]] == [
@@ -89,6 +89,7 @@ def test_the_same_command_gives_the_same_figures_and_prints_them(
     torch.manual_seed(99)  # nothing may depend on the global state
     assert main([*command(tiny_run), "--n", "20", "--json", str(tmp_path / "figures.json")]) == 0
     assert figures(tmp_path) == figures(evaluated)
+    assert not {"sanity", "curves", "autoattack", "corruptions"} & figures(evaluated).keys()  # nobody asked for them
     cell = figures(evaluated)["accuracy"]["mixture"]["PGD-10"]
     printed = capsys.readouterr().out
     assert f"{cell['percent']:.1f} ({cell['low']:.1f}-{cell['high']:.1f})" in printed
@@ -121,7 +122,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ({"label_names": np.array(["red", "green", "violet"])}, "violet"),
         ({"label_names": np.array(["red", "green", "blue", "grey"])}, "grey"),
         (
-            {"train_images": np.zeros((42, 16, 16, 3), np.uint8), "test_images": np.zeros((24, 16, 16, 3), np.uint8)},
+            {"train_images": np.zeros((42, 16, 16, 3), np.uint8), "test_images": np.ones((24, 16, 16, 3), np.uint8)},
             r"(16, 16)",
         ),
     ],
@@ -155,43 +156,6 @@ def test_a_checkpoint_that_is_missing_or_damaged_is_refused(
     assert str(path) in refusal(capsys, command(tiny_run, path))
 
 
-# --- statistics by hand
-
-
-def booleans(text: str) -> torch.Tensor:
-    return torch.tensor([letter == "1" for letter in text])
-
-
-def test_paired_tests_count_images_that_only_one_network_gets_right() -> None:
-    rights = {
-        "mixture": {"clean": booleans("111011"), "PGD-10": booleans("000000")},
-        "uniform average": {"clean": booleans("000111"), "PGD-10": booleans("000000")},
-        "expert 4": {"clean": booleans("111011"), "PGD-10": booleans("111100")},
-    }
-    tests = {(test["against"], test["attack"]): test for test in _paired_tests(rights, "expert 4")}
-    clean = tests["uniform average", "clean"]
-    assert (clean["only_mixture"], clean["only_other"]) == (3, 1)
-    assert clean["difference_points"] == pytest.approx(100 * 2 / 6)
-    assert clean["p"] == pytest.approx(2 * (4 + 1) / 2**4)  # four coins: three or more heads, on either side
-    attacked = tests["expert 4", "PGD-10"]
-    assert (attacked["only_mixture"], attacked["only_other"]) == (0, 4)
-    assert attacked["difference_points"] == pytest.approx(-100 * 4 / 6)
-    assert attacked["p"] == pytest.approx(2 / 2**4)
-    for equal in (tests["expert 4", "clean"], tests["uniform average", "PGD-10"]):
-        assert (equal["only_mixture"], equal["only_other"], equal["difference_points"], equal["p"]) == (0, 0, 0, 1)
-
-
-@pytest.mark.parametrize(("right", "n"), [(15, 20), (0, 20), (20, 20), (1, 3), (500, 1000)])
-def test_the_interval_is_wilsons(right: int, n: int) -> None:
-    z, share = 1.959964, right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    cell = _interval(booleans("1" * right + "0" * (n - right)))
-    assert cell["percent"] == pytest.approx(100 * share, abs=0.005)
-    assert cell["low"] == pytest.approx(100 * (middle - half), abs=0.0051)
-    assert cell["high"] == pytest.approx(100 * (middle + half), abs=0.0051)
-
-
 def test_other_training_images_choose_no_single_expert(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], colours: dict[str, np.ndarray]
 ) -> None:
@@ -203,3 +167,28 @@ def test_other_training_images_choose_no_single_expert(
     assert results["best_single_expert"] is None
     assert {test["against"] for test in results["paired_tests"]} == {"uniform average"}
     assert "not the checkpoint's training data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "missing/a.json"], "--json missing/a.json: there is no folder missing"),
+        (["--plot", "missing/a.png"], "--plot missing/a.png: there is no folder missing"),
+        (["--out", "missing/out"], "--out missing/out: there is no folder missing"),
+        (["--level", "full"], "--out DIR"),
+        (["--attacks", "apgd-ce"], "--attacks belongs to --level full"),
+        (["--level", "full", "--attacks", "pgd", "--out", "."], "no attack 'pgd'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_data_are_even_read(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, ["evaluate", "--data", "no-such-data.npz", "--device", "cpu", *arguments])
+
+
+def test_attacks_that_need_more_classes_are_refused_before_any_work(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert "--attacks apgd-ce,fab-t,square" in refusal(capsys, [*command(tiny_run), "--level", "full", "--out", str(out)])
+    assert not out.exists()

@@ -1,0 +1,59 @@
+"""Takes one joint step as one of the workers that ``torchrun`` started (or alone) and writes the gradients to a file.
+
+python -m tests.training.gradients OUT ACCUMULATE frozen|training
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.architecture import Architecture
+from model.mixture import Mixture
+from training.attack import Attack, perturb
+from training.data import Split
+from training.joint import JointTask
+from training.recipe import RECIPES, Schedule
+from training.stage import Stage, Trainer
+from training.worker import started
+
+
+class FrozenTask(JointTask):
+    """Holds batch-norm statistics while training too, and attacks without starting noise."""
+
+    def train(self, mode: bool = True) -> FrozenTask:
+        del mode
+        return super().train(mode=False)
+
+    def attack(
+        self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
+    ) -> torch.Tensor:
+        del choices
+        return perturb(self.network, images, targets, Attack.fgsm(8 / 255), noise)
+
+
+def main(out: Path, accumulate: int, kind: type[JointTask]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    architecture = Architecture(width=4, num_classes=3, num_experts=3, gate_width=4, height=16, input_width=16)
+    mixture = Mixture(architecture).to(memory_format=torch.channels_last)
+    mixture.gate.head.weight.data.normal_()
+    images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    data = Split(images, torch.arange(16) % 3)
+    # SGD's first momentum is the gradient itself. No load balancing: it is a function of the whole batch, not a mean.
+    schedule = Schedule(epochs=1, batch_size=16, optimiser="sgd", weight_decay=0.0, precision="float32", accumulate=accumulate)
+    recipe = replace(RECIPES["compact"], architecture=architecture, joint=schedule)
+    recipe = replace(recipe, loss=replace(recipe.loss, balance=0.0, clean_share=1.0))
+    with started("cpu") as worker:
+        trainer = Trainer(Stage("joint", kind(mixture, recipe, data, worker.device), 3, 7, {}), data, worker)
+        trainer.step(0)
+        if worker.first:
+            save_file({name: value.contiguous() for name, value in trainer.progress.optimiser.state().items()}, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), {"frozen": FrozenTask, "training": JointTask}[sys.argv[3]])

@@ -1,0 +1,70 @@
+"""Several workers: they train as one would. Stopping: at a signal, after a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.worker import Stop, Worker, started
+
+
+def gradients(out: Path, workers: int, accumulate: int, kind: str) -> dict[str, torch.Tensor]:
+    """Return the gradients of one step by so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
+    command = [sys.executable, *launch, "-m", "tests.training.gradients", str(out), str(accumulate), kind]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert done.returncode == 0, done.stderr
+    return load_file(out)
+
+
+def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
+    one = gradients(tmp_path / "one", 1, 1, "frozen")
+    two = gradients(tmp_path / "two", 2, 1, "frozen")
+    assert one.keys() == two.keys()
+    assert len(one) > 100
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert max(gradient.abs().max() for gradient in one.values()) > 0.01
+
+
+def test_two_workers_do_what_one_does_that_accumulates_two_parts(tmp_path: Path) -> None:
+    parts = gradients(tmp_path / "parts", 1, 2, "training")  # with noise, and batch norms in training mode
+    two = gradients(tmp_path / "two", 2, 1, "training")
+    for name, gradient in parts.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with started("cpu") as worker:
+        assert worker.stop.reason is None
+        os.kill(os.getpid(), number)
+        assert worker.stop.reason == number.name
+        assert worker.check_stop(1) == number.name
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_time_is_up_after_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("training.worker.time.monotonic", lambda: now)
+    stop = Stop(minutes=9)
+    now += 9 * 60 - 1
+    assert stop.reason is None
+    now += 1
+    assert stop.reason == "time"
+    assert Stop().reason is None
+
+
+def test_a_worker_alone_agrees_with_itself() -> None:
+    worker = Worker(torch.device("cpu"))
+    assert worker.first
+    assert worker.agreed(3) == 3

@@ -1,0 +1,178 @@
+"""Evaluation: how often a checkpoint is right, clean and under attack, beside what it must beat, and whether to believe it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from model.checkpoint import Header, load_checkpoint, read_header, replace_metrics, resolve
+from model.fast import fold_batch_norms
+from model.mixture import Mixture
+from training.attack import Attack, LogProbs
+from training.data import Dataset, Split
+from training.evaluation import autoattack
+from training.evaluation.autoattack import Ensemble, Journal
+from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from training.evaluation.examination import Examination
+from training.evaluation.levels import EPSILON, QUICK, STANDARD
+from training.evaluation.networks import networks
+from training.evaluation.outputs import write
+from training.evaluation.request import Request
+from training.evaluation.sanity import MaskedGradientsError, failed
+from training.evaluation.significance import Correct, interval, paired_tests
+from training.evaluation.table import suspicion, table
+from training.measure import Bench
+
+SELECTION_IMAGES = 500
+"""Held-out training images on which the best single expert is chosen."""
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    dataset: Dataset,
+    device: torch.device,
+    n: int = 0,
+    seed: int = 0,
+    *,
+    stamp: bool = False,
+    request: Request | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint, print the table and write what was asked for.
+
+    Every network is attacked through itself in float32: the mixture through gate and experts, the uniform average through all
+    experts, each expert alone.
+
+    Args:
+        checkpoint: A path or the name of an embedded checkpoint.
+        dataset: The data; its classes must be the checkpoint's.
+        device: Where to run.
+        n: Test images, a fixed random subset; 0 means all.
+        seed: Seed of the subset and of the attacks' starting noise.
+        stamp: Also write the figures into the checkpoint's header.
+        request: How thoroughly to measure, and where to write; by default level ``quick``, and nowhere.
+
+    Returns:
+        The figures, as written to ``evaluation.json``.
+
+    Raises:
+        ValueError: Data and checkpoint do not fit, or there are fewer images than asked for.
+        MaskedGradientsError: A sanity check failed. Everything has been written by then.
+    """
+    request = request or Request()
+    header = read_header(checkpoint)
+    _check_fit(header, dataset)
+    bench = Bench(_subset(dataset.test, n, seed), device, seed)
+    ensemble = Ensemble(request.ensemble, EPSILON)
+    journal = _make_folder(request, ensemble, bench, header, dataset)
+    # The same function but for rounding, with fewer passes over memory in every step of an attack.
+    mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
+    torch.backends.cudnn.allow_tf32 = False  # attacks in float32, also on a GPU
+    more: dict[str, Any] = {}
+    if journal:  # first, as nothing else survives a kill
+        more["autoattack"] = autoattack.to_json(autoattack.run(mixture, bench, ensemble, journal), ensemble)
+    compared = networks(mixture)
+    best = _best_expert(header, dataset, compared, device, seed)
+    correct: Correct = {
+        name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
+        for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
+    }
+    if request.level != "quick":
+        more |= Examination(mixture, compared, best, bench, correct).run()
+    if request.corruptions:
+        more["corruptions"] = _corruptions(mixture, bench)
+    results = {**_record(header, dataset, bench, request, correct, best), **more}
+    print(table(results))
+    if stamp:
+        replace_metrics(resolve(checkpoint), results)
+    write(results, request, mixture, bench)
+    if failed(results.get("sanity", [])):
+        raise MaskedGradientsError(suspicion(results))
+    return results
+
+
+def _make_folder(request: Request, ensemble: Ensemble, bench: Bench, header: Header, dataset: Dataset) -> Journal | None:
+    """Make the folder that is written to, and open the record of level ``full`` in it; refuse one of another evaluation."""
+    if request.level == "full":
+        autoattack.check_classes(ensemble.attacks, header.architecture.num_classes)
+    if request.folder is None:
+        return None
+    request.folder.mkdir(exist_ok=True)
+    if request.level != "full":
+        return None
+    return autoattack.open_journal(request.folder, ensemble, bench, header.weights_sha256, dataset.test_digest)
+
+
+def _record(
+    header: Header, dataset: Dataset, bench: Bench, request: Request, correct: Correct, best: str | None
+) -> dict[str, Any]:
+    """Return the figures with everything that says how they were measured."""
+    attacks: dict[str, Attack | None] = QUICK if request.level == "quick" else {**QUICK, **STANDARD}
+    return {
+        "level": request.level,
+        "checkpoint_sha256": header.weights_sha256,
+        "data": {"name": dataset.name, "test_sha256": dataset.test_digest},
+        "class_names": list(header.class_names),
+        "n": len(bench),
+        "seed": bench.seed,
+        "precision": "float32",
+        "top_k": header.top_k,
+        "attacks": {name: asdict(attack) if attack else {} for name, attack in attacks.items()},
+        "accuracy": {name: {a: interval(right) for a, right in row.items()} for name, row in correct.items()},
+        "best_single_expert": best and {"name": best, "chosen_on": f"{SELECTION_IMAGES} held-out training images, PGD-10"},
+        "paired_tests": paired_tests(correct, best),
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(bench.device)},
+    }
+
+
+def _corruptions(mixture: Mixture, bench: Bench) -> dict[str, Any]:
+    """Return the mixture's accuracy under common corruptions, in percent, by name and severity, and the mean over all."""
+    names: dict[str, list[float]] = {}
+    for name in tqdm(CORRUPTIONS, desc="corruptions", unit="corruption", dynamic_ncols=True):
+        right = [
+            bench.judge(mixture, corrupt(bench.split.images, name, severity, bench.seed).float() / 255)
+            for severity in range(1, SEVERITIES + 1)
+        ]
+        names[name] = [interval(row)["percent"] for row in right]
+    cells = [percent for row in names.values() for percent in row]
+    return {"names": names, "mean": round(sum(cells) / len(cells), 2), "n": len(bench)}
+
+
+def _best_expert(
+    header: Header, dataset: Dataset, compared: dict[str, LogProbs], device: torch.device, seed: int
+) -> str | None:
+    """Choose the single expert to compare with on training images that training has not seen; ``None`` on other data."""
+    held_out = header.data.get("held_out_training_images")
+    if header.data.get("training_sha256") != dataset.digest or not isinstance(held_out, int):
+        print("these are not the checkpoint's training data: no single expert can be chosen on held-out images of theirs")
+        return None
+    _, holdout = dataset.split_holdout(held_out)
+    bench = Bench(holdout, device, seed).first(SELECTION_IMAGES)
+    experts = tqdm([n for n in compared if n.startswith("expert")], desc="choose single expert", dynamic_ncols=True)
+    robust: dict[str, float] = {name: bench.correct(compared[name], QUICK["PGD-10"]).sum().item() for name in experts}
+    return max(robust, key=robust.__getitem__)
+
+
+def _subset(split: Split, n: int, seed: int) -> Split:
+    if n < 0 or n > len(split):
+        raise ValueError(f"--n {n}: there are {len(split)} test images")
+    if n in (0, len(split)):
+        return split
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return split.take(order[:n])
+
+
+def _check_fit(header: Header, dataset: Dataset) -> None:
+    if header.class_names != dataset.label_names:
+        raise ValueError(f"the checkpoint knows the classes {header.class_names}, the data {dataset.label_names}")
+    wanted = (header.architecture.height, header.architecture.input_width)
+    if tuple(dataset.test.images.shape[2:]) != wanted:
+        raise ValueError(f"the checkpoint takes {wanted} images, the data have {tuple(dataset.test.images.shape[2:])}")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
