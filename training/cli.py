@@ -21,7 +21,7 @@ from training.evaluation.sanity import MaskedGradientsError
 from training.pipeline import Run
 from training.plan import plan
 from training.recipe import RECIPES, Recipe
-from training.worker import StopRequested, started
+from training.worker import Stop, StopRequested, started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +92,9 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     run.add_argument("--recipe", choices=sorted(RECIPES), default="compact", help="default: %(default)s")
     run.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="as joint.epochs=2")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--init", metavar="CHECKPOINT", help="what joint training goes on from instead of the folder's experts")
+
+    init = argparse.ArgumentParser(add_help=False)
+    init.add_argument("--init", metavar="CHECKPOINT", help="joint training goes on from this instead of the folder's experts")
 
     train = argparse.ArgumentParser(add_help=False, parents=[run])
     train.add_argument("--compile", action="store_true", help="run the experts through torch.compile")
@@ -103,19 +105,19 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command.add_argument("--experts", default="", help="which, as 0,3,4; default: all")
     command.set_defaults(run_command=_pretrain)
 
-    command = commands.add_parser("joint", parents=[train], help="stage 2: train gate and experts together")
+    command = commands.add_parser("joint", parents=[train, init], help="stage 2: train gate and experts together")
     command.set_defaults(run_command=_joint)
 
-    command = commands.add_parser("export", parents=[run], help="write the trained mixture as a checkpoint")
+    command = commands.add_parser("export", parents=[run, init], help="write the trained mixture as a checkpoint")
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run_command=_export)
 
-    command = commands.add_parser("compact", parents=[train], help="everything: pretrain, joint, export, evaluate")
+    command = commands.add_parser("compact", parents=[train, init], help="everything: pretrain, joint, export, evaluate")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--n", type=int, default=0, help="test images to evaluate on; default: all")
     command.set_defaults(run_command=_compact)
 
-    command = commands.add_parser("slice", parents=[train], help="pretrain, joint, export in slices of --minutes")
+    command = commands.add_parser("slice", parents=[train, init], help="pretrain, joint, export in slices of --minutes")
     command.add_argument("--parts", type=Path, required=True, help="folder in which weights are left and taken up as parts")
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run_command=_slice)
@@ -138,17 +140,23 @@ def _threads(text: str) -> int:
 @contextmanager
 def _run(options: argparse.Namespace) -> Iterator[Run]:
     """Yield the run that the options describe; with ``--dry-run`` print its plan and end the program instead."""
+    stop = Stop(getattr(options, "minutes", None))
     recipe: Recipe = RECIPES[options.recipe]
     for assignment in options.settings:
         recipe = recipe.with_setting(assignment)
-    dataset = _data(options)
-    height, width = dataset.train.images.shape[2:]
-    recipe = recipe.for_data(len(dataset.label_names), height, width)
-    compiled, minutes = getattr(options, "compile", False), getattr(options, "minutes", None)
-    with started(options.device, compiled=compiled, minutes=minutes) as worker:
-        run = Run(recipe, dataset, options.run, options.seed, worker, options.init)
+    with started(options.device, compiled=getattr(options, "compile", False), stop=stop) as worker:
+        if not worker.first:
+            worker.wait()
+        dataset = _data(options)  # the first worker downloads, the others find the files
+        if worker.first:
+            worker.wait()
+        height, width = dataset.train.images.shape[2:]
+        recipe = recipe.for_data(len(dataset.label_names), height, width)
+        run = Run(recipe, dataset, options.run, options.seed, worker, getattr(options, "init", None))
         if getattr(options, "dry_run", False):
-            print(plan(run.stages(), dataset.split_holdout(recipe.holdout)[0], worker))
+            shown = plan(run.stages(), dataset.split_holdout(recipe.holdout)[0], worker)
+            if worker.first:
+                print(shown)
             raise SystemExit(0)
         yield run
 
@@ -181,10 +189,13 @@ def _export(options: argparse.Namespace) -> None:
 
 def _compact(options: argparse.Namespace) -> None:
     with _run(options) as run:
-        run.pretrain()
-        run.joint()
+        run.train()
         run.export(options.out)
-    evaluate_checkpoint(options.out, run.dataset, torch.device(options.device), options.n, options.seed, stamp=True)
+        first, dataset, stop = run.worker.first, run.dataset, run.worker.stop
+    if stop.reason:
+        raise StopRequested(stop.reason)
+    if first:
+        evaluate_checkpoint(options.out, dataset, torch.device(options.device), options.n, options.seed, stamp=True)
 
 
 def _slice(options: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ class JointTask(Task):
         self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
     ) -> torch.Tensor:
         """Return the images after an attack through gate and experts."""
-        with self.autocast(), self.statistics():
+        with self.attacking():
             return perturb(
                 lambda x: self.mix(*self.mixture.components(x)), images, targets, self.recipe.draw_joint(choices), noise
             )
@@ -60,7 +60,7 @@ class JointTask(Task):
         """Return the joint loss, its terms and the gate's mean weights ``(E,)`` under attack."""
         weights, smoothing = self.recipe.loss, self.recipe.joint.label_smoothing
         batch = len(attacked)
-        clean_count = round(batch * weights.clean_share) if weights.clean else 0
+        clean_count = max(1, round(batch * weights.clean_share)) if weights.clean else 0
         with self.autocast():
             # One pass over both keeps batch-norm statistics those of the joined batch.
             gate, experts = self.mixture.components(torch.cat([attacked, clean[:clean_count]]))  # (B + n, E), (B + n, E, C)

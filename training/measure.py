@@ -86,7 +86,7 @@ class Bench:
         return torch.cat([_right(network, part, labels).cpu() for part, labels in self.batches(images)])
 
     def _generator(self, batch: int, restart: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 100_003 + batch + (restart << 40))
+        return torch.Generator().manual_seed((self.seed * 100_003 + batch) * 64 + restart)
 
 
 def accuracy_under(log_probs: LogProbs, split: Split, attack: Attack | None, device: torch.device) -> float:

@@ -77,8 +77,8 @@ class Optimiser:
         for name, optimiser in self._optimisers.items():
             for index, parameter in enumerate(optimiser.param_groups[0]["params"]):
                 if f"{name}.{index}" in state:
-                    buffer = state[f"{name}.{index}"].to(parameter.device)
-                    optimiser.state[parameter] = {"momentum_buffer": buffer.clone()}
+                    buffer = torch.empty_like(parameter, requires_grad=False).copy_(state[f"{name}.{index}"])
+                    optimiser.state[parameter] = {"momentum_buffer": buffer}
 
 
 def _as_matrix(kernel: torch.Tensor) -> torch.Tensor:

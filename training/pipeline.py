@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +39,8 @@ class Run:
     def __init__(
         self, recipe: Recipe, dataset: Dataset, path: Path, seed: int, worker: Worker, init: str | None = None
     ) -> None:
-        self.dataset = dataset
-        self._recipe, self._path, self._seed, self._worker, self._init = recipe, path, seed, worker, init
+        self.dataset, self.worker = dataset, worker
+        self._recipe, self._path, self._seed, self._init = recipe, path, seed, init
         self._train, _ = dataset.split_holdout(recipe.holdout)
         self._went_on_from = init and read_header(init).weights_sha256
 
@@ -66,6 +67,9 @@ class Run:
 
     def export(self, out: Path) -> Header:
         """Write the averaged weights of joint training as a checkpoint without metrics and return its header."""
+        if not self.worker.first:
+            self.worker.wait()
+            return read_header(out)
         steps = total_steps(self._recipe.joint, len(self._train))
         tensors = self._finished(JOINT, self._joint_settings(), steps, "joint")
         mixture = Mixture(self._recipe.architecture)
@@ -76,6 +80,7 @@ class Run:
             architecture=self._recipe.architecture,
             class_names=self.dataset.label_names,
             weights_sha256="",
+            top_k=self._recipe.loss.top_k,
             recipe={
                 **self._recipe.to_json(),
                 "seed": self._seed,
@@ -89,7 +94,9 @@ class Run:
                 "held_out_training_images": self._recipe.holdout,
             },
         )
-        return save_checkpoint(out, mixture, header)
+        header = save_checkpoint(out, mixture, header)
+        self.worker.wait()
+        return header
 
     def slice(self, parts: Path, out: Path) -> Header:
         """Do all of the above until the worker is asked to stop, leaving every stage's weights as parts in ``parts``.
@@ -99,31 +106,37 @@ class Run:
         """
         self._take_up(parts)
         try:
-            self.pretrain()
-            self.joint()
+            self.train()
         except StopRequested:
             self._leave(parts)
             raise
         self._leave(parts)
         header = self.export(out)
-        split(out, parts)
+        if self.worker.first:
+            split(out, parts)
         return header
 
+    def train(self) -> None:
+        """Train everything; with ``init`` there are no experts to pre-train."""
+        if self._init is None:
+            self.pretrain()
+        self.joint()
+
     def stages(self) -> Iterator[Stage]:
-        """Yield what :meth:`pretrain` and :meth:`joint` would run, untrained."""
-        for index in range(len(self._recipe.experts)):
+        """Yield what :meth:`train` would run, untrained."""
+        for index in range(len(self._recipe.experts)) if self._init is None else ():
             yield self._expert_stage(index)
         yield self._joint_stage(trained=False)
 
     def _expert_stage(self, index: int) -> Stage:
-        return expert_stage(index, self._recipe, self.dataset, self._worker.device, self._seed)
+        return expert_stage(index, self._recipe, self.dataset, self.worker.device, self._seed)
 
     def _joint_stage(self, *, trained: bool = True) -> Stage:
         mixture = self._start() if trained else Mixture(self._recipe.architecture)
-        return joint_stage(mixture, self._recipe, self.dataset, self._worker.device, self._seed, self._went_on_from)
+        return joint_stage(mixture, self._recipe, self.dataset, self.worker.device, self._seed, self._went_on_from)
 
     def _run(self, stage: Stage) -> None:
-        run_stage(stage, self._train, self._folder, self._worker)
+        run_stage(stage, self._train, self._folder, self.worker)
 
     def _start(self) -> Mixture:
         """Return what joint training starts from."""
@@ -161,35 +174,47 @@ class Run:
     def _joint_settings(self) -> dict[str, Any]:
         return joint_settings(self._recipe, self.dataset, self._seed, self._went_on_from)
 
-    def _names(self) -> list[str]:
-        return [*(expert_name(index) for index in range(len(self._recipe.experts))), JOINT]
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """Return every stage's settings by its name."""
+        experts = {
+            expert_name(index): expert_settings(index, self._recipe, self.dataset, self._seed)
+            for index in range(len(self._recipe.experts))
+        }
+        return {**experts, JOINT: self._joint_settings()}
 
     def _take_up(self, parts: Path) -> None:
-        if self._worker.first:
-            for name in self._names():
+        if self.worker.first:
+            for name, settings in self._settings().items():
                 state, manifest = self._folder.path / f"{name}.safetensors", parts / f"{name}.safetensors.manifest.json"
-                if not state.exists() and manifest.exists():
-                    join(manifest, state)
-        self._worker.agreed(None)  # nobody goes on before the files are there
+                if state.exists() or not manifest.exists():
+                    continue
+                join(manifest, state)
+                saved = self._folder.load(name)
+                if saved is None or saved[1]["settings"] != json.loads(json.dumps(settings)):
+                    state.unlink()
+                    raise ValueError(f"{parts} holds {name} trained with other settings: choose another --parts folder")
+        self.worker.wait()
 
     def _leave(self, parts: Path) -> None:
-        if not self._worker.first:
+        if not self.worker.first:
+            self.worker.wait()
             return
         light = RunFolder(parts / "whole")
-        for name in self._names():
+        for name in self._settings():
             saved = self._folder.load(name)
             if saved is not None:
                 light.save(name, slim(saved[0]), saved[1])
                 split(light.path / f"{name}.safetensors", parts)
                 (light.path / f"{name}.safetensors").unlink()
         light.path.rmdir()
+        self.worker.wait()
 
     def _write_config(self) -> None:
-        if self._worker.first:
+        if self.worker.first:
             settings = {"recipe": self._recipe.to_json(), "data": self.dataset.name, "data_sha256": self.dataset.digest}
-            self._folder.write_config({**settings, "seed": self._seed, "workers": self._worker.count})
+            self._folder.write_config({**settings, "seed": self._seed, "workers": self.worker.count})
 
     def _plot(self) -> None:
-        if self._worker.first:
+        if self.worker.first:
             plot_run(self._folder)
             self._folder.close()

@@ -46,6 +46,8 @@ def _try(trainer: Trainer, worker: Worker) -> tuple[float, float]:
     if cuda:
         torch.cuda.reset_peak_memory_stats(worker.device)
     trainer.step(0)  # the first step allocates, and compiles
+    if cuda:
+        torch.cuda.synchronize(worker.device)
     started = time.perf_counter()
     for step in range(1, 1 + TIMED_STEPS):
         trainer.step(step)

@@ -52,6 +52,8 @@ class ExpertTask(Task):
 
     def __init__(self, network: Alone, own: ExpertRecipe, schedule: Schedule, holdout: Split, device: torch.device) -> None:
         super().__init__(network, schedule, holdout, device)
+        if own.loss == "mart" and (schedule.cutmix or schedule.label_smoothing):
+            raise ValueError("MART needs plain classes: set cutmix and label_smoothing to 0")
         self.own = own
 
     def attack(
@@ -61,7 +63,7 @@ class ExpertTask(Task):
         attack = self.own.draw(choices)
         if attack is None:
             return images
-        with self.autocast(), self.statistics():
+        with self.attacking():
             if self.own.loss == "trades":
                 with torch.no_grad():  # cross-entropy against p(x) and KL(p(x) || p(x')) have the same gradient
                     targets = self.network(images).exp()
@@ -111,6 +113,7 @@ def expert_settings(index: int, recipe: Recipe, dataset: Dataset, seed: int) -> 
         "schedule": asdict(expert_schedule(index, recipe)),
         "data_sha256": dataset.digest,
         "holdout": recipe.holdout,
+        "validation_images": recipe.validation_images,
         "seed": seed,
     }
 

@@ -43,6 +43,8 @@ class ExpertRecipe:
     def __post_init__(self) -> None:
         if self.family == "benign" and self.loss != "cross_entropy":
             raise ValueError(f"a benign expert sees no attacked images, so it can't be trained with {self.loss}")
+        if self.loss == "trades" and self.family == "fgsm" and not self.noise:
+            raise ValueError("TRADES' attack needs a start away from the image, where its gradient is zero: set noise")
 
     def draw(self, generator: torch.Generator) -> Attack | None:
         """Return the next batch's attack; ``None`` means train on clean images."""
@@ -125,7 +127,8 @@ class JointLoss:
         experts: Mean cross-entropy of the single experts on the attacked images.
         balance: Load balancing, ``log E`` minus the entropy of the gate's mean weights over a batch.
         diversity: Log-determinant diversity of the experts' answers under attack (rewarded).
-        top_k: Train with only the ``k`` heaviest experts of each image in the mixture; ``null`` trains softly.
+        top_k: Train with only the ``k`` heaviest experts of each image in the mixture, and deploy so; ``null`` trains softly.
+            With a single expert the renormalised weight is always 1 and the gate would learn nothing, so at least 2.
     """
 
     adversarial: float = 1.0
@@ -137,8 +140,8 @@ class JointLoss:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"loss.top_k must be at least 1 or null, not {self.top_k}")
+        if self.top_k is not None and self.top_k < 2:
+            raise ValueError(f"loss.top_k must be at least 2 or null, not {self.top_k}: one expert's weight is always 1")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,11 @@ class Recipe:
         return Attack.pgd(epsilon, self.joint_steps, epsilon * max(0.25, 1.25 / self.joint_steps))
 
     def for_data(self, num_classes: int, height: int, width: int) -> Recipe:
-        """Return the recipe with the architecture fitted to a dataset."""
+        """Return the recipe with the architecture fitted to a dataset; ``ValueError`` if it contradicts itself."""
+        if self.architecture.num_experts != len(self.experts):
+            raise ValueError(f"the architecture has {self.architecture.num_experts} experts, the line-up {len(self.experts)}")
+        if self.gate_temperature <= 0:
+            raise ValueError(f"gate_temperature must be above 0, not {self.gate_temperature}")
         fitted = replace(self.architecture, num_classes=num_classes, height=height, input_width=width)
         return replace(self, architecture=fitted)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,22 @@ class Task(nn.Module, ABC):
         """Return the context in which networks run, in the schedule's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bfloat16")
 
-    def statistics(self) -> AbstractContextManager[None]:
-        """Return the context in which an attack runs: batch-norm statistics held, unless the schedule says otherwise."""
-        return frozen_statistics(self.network) if self.schedule.hold_statistics else nullcontext()
+    @contextmanager
+    def attacking(self) -> Iterator[None]:
+        """Run an attack inside: in the schedule's precision, with batch-norm statistics held unless it says otherwise.
+
+        Parameters need no gradients meanwhile. Eager code would not compute them anyway, but compiled code would.
+        """
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        held = frozen_statistics(self.network) if self.schedule.hold_statistics else nullcontext()
+        with self.autocast(), held:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            try:
+                yield
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -127,10 +140,18 @@ def run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> n
     Raises:
         StopRequested: The worker was asked to stop; the state is saved.
         FloatingPointError: The loss became infinite or NaN.
+        ValueError: The folder holds a state of other settings, or the workers' folders differ.
     """
+    with worker.stop.listening():
+        return _run_stage(stage, data, folder, worker)
+
+
+def _run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> nn.Module:
     trainer = Trainer(stage, data, worker)
     progress, steps = trainer.progress, trainer.steps
     first = progress.restore(folder)
+    if worker.agreed(first) != first:
+        raise ValueError(f"{folder.path}: this worker's state is at step {first}, another's is not: share the run folder")
     bar = tqdm(
         total=steps,
         initial=first,
@@ -150,13 +171,15 @@ def run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> n
             done = step + 1
             if done % trainer.steps_per_epoch == 0 or done == steps:
                 _end_epoch(stage, progress, folder, done, worker)
-            reason = worker.check_stop(done) if done < steps else None
+            reason = worker.agreed(worker.stop.reason) if done < steps else None
             if done < steps and worker.first and (reason or done % SAVE_EVERY == 0):
                 progress.save(folder, done)
             if reason:
+                worker.wait()
                 raise StopRequested(reason)
         if first < steps:
             progress.finish(folder, steps, write=worker.first)
+            worker.wait()
     return progress.averaged.eval()
 
 
@@ -190,7 +213,6 @@ class Trainer:
             for expert in stage.task.experts():
                 expert.compile()
         self._parallel = worker.parallel(stage.task)
-        self._check_every = 1 if worker.device.type == "cpu" else LOG_EVERY  # looking at the loss makes a GPU wait
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -202,14 +224,21 @@ class Trainer:
         self._stage.task.train()
         parts = list(self._attacked(images, targets, step))
         loss, terms = self._gradients(parts)
-        if step % self._check_every == 0 and not torch.isfinite(loss):
+        if self._looks(step) and not torch.isfinite(loss):
             raise FloatingPointError(f"{self._stage.name}: the loss is {loss.item()} at step {step}: lower peak_lr")
         if self._schedule.weight_perturbation:
             with ascended(self._stage.task.network, self._schedule.weight_perturbation):
                 self._gradients(parts)
         self.progress.optimiser.step(self.rate(step))
+        self._worker.share_statistics(self._stage.task.network)
         self.progress.average(step, self.steps)
         return loss, terms
+
+    def _looks(self, step: int) -> bool:
+        """Tell whether to look at a step's loss: always, but on a GPU, which would wait, only before something is kept."""
+        done = step + 1
+        kept = done % SAVE_EVERY == 0 or done % self.steps_per_epoch == 0 or done == self.steps
+        return self._worker.device.type == "cpu" or step % LOG_EVERY == 0 or kept
 
     def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the whole step's augmented images and targets; every worker draws the same."""
@@ -257,7 +286,7 @@ class Trainer:
         return nullcontext()
 
     def _seed(self, number: int, purpose: int) -> int:
-        return (self._stage.seed * 1_000_003 + number) * 1024 + purpose
+        return ((self._stage.seed * 1_000_003 + number) * 1024 + purpose) % 2**63
 
 
 def _log(stage: Stage, folder: RunFolder, step: int, loss: torch.Tensor, terms: Terms, rate: float) -> None:

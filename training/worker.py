@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
-
-AGREE_EVERY = 10
-"""Several workers agree on stopping every so many steps, since asking costs a round trip."""
 
 
 class StopRequested(Exception):
@@ -54,7 +52,13 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the first SIGINT or SIGTERM inside the block; a second one acts as it always does."""
+        """Note the first SIGINT or SIGTERM inside the block; a second one acts as it always does.
+
+        Only a program's main thread is told of signals; in another one the block just runs.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -96,7 +100,7 @@ class Worker:
         return self.rank == 0
 
     def parallel(self, task: nn.Module) -> nn.Module:
-        """Return ``task`` so that its gradients are averaged over all workers; batch-norm statistics are the first one's."""
+        """Return ``task`` so that its gradients are averaged over all workers."""
         if self.count == 1:
             return task
         return DistributedDataParallel(task, device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -109,36 +113,38 @@ class Worker:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def check_stop(self, step: int) -> str | None:
-        """Return the reason to stop after ``step``, the same on all workers, or ``None``."""
-        if self.count == 1:
-            return self.stop.reason
-        return self.agreed(self.stop.reason) if step % AGREE_EVERY == 0 else None
+    def wait(self) -> None:
+        """Wait for the other workers, as for files that the first one writes."""
+        self.agreed(None)
+
+    def share_statistics(self, network: nn.Module) -> None:
+        """Give all workers the first one's batch-norm statistics, which an attack in eval mode sees."""
+        if self.count > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 @contextmanager
-def started(device: str, *, compiled: bool = False, minutes: float | None = None) -> Iterator[Worker]:
+def started(device: str, *, compiled: bool = False, stop: Stop | None = None) -> Iterator[Worker]:
     """Join the other workers if ``torchrun`` started this process, and leave them at the end of the block.
 
     Args:
         device: ``cpu`` or ``cuda``; under ``torchrun`` every worker takes the GPU of its local rank.
         compiled: Whether experts are compiled.
-        minutes: When to stop; ``None`` for no bound.
+        stop: When to end early; by default only at a signal.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     where = torch.device(device)
     if where.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        if count > 1:
-            where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if count > 1 else where.index or 0)
         torch.cuda.set_device(where)
-    stop = Stop(minutes)
-    with stop.listening():
-        if count == 1:
-            yield Worker(where, compile=compiled, stop=stop)
-            return
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        try:
-            yield Worker(where, dist.get_rank(), count, compiled, stop)
-        finally:
-            dist.destroy_process_group()
+    stop = stop or Stop()
+    if count == 1:
+        yield Worker(where, compile=compiled, stop=stop)
+        return
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield Worker(where, dist.get_rank(), count, compiled, stop)
+    finally:
+        dist.destroy_process_group()

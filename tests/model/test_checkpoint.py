@@ -169,7 +169,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "no format version": (lambda _, header: header.pop("format_version"), "format_version"),
     **{
         f"format version {version!r}": (header_with(format_version=version), "format_version")
-        for version in (2, 10**30, 0, -1, "1", 1.0, None, [1], True)
+        for version in (3, 10**30, 0, -1, "1", 1.0, None, [1], True)
     },
     "too few class names": (header_with(class_names=["a", "b"]), "class_names"),
     "too many class names": (header_with(class_names=["a", "b", "c", "d"]), "class_names"),

@@ -1,6 +1,6 @@
-"""Takes one joint step as one of the workers that ``torchrun`` started (or alone) and writes the gradients to a file.
+"""Takes joint steps as one of the workers that ``torchrun`` started (or alone) and writes the momentum to a file.
 
-python -m tests.training.gradients OUT ACCUMULATE frozen|training
+After one step the momentum is the gradient: ``python -m tests.training.gradients OUT ACCUMULATE frozen|training STEPS``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FrozenTask(JointTask):
         return perturb(self.network, images, targets, Attack.fgsm(8 / 255), noise)
 
 
-def main(out: Path, accumulate: int, kind: type[JointTask]) -> None:
+def main(out: Path, accumulate: int, kind: type[JointTask], steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(3)
     architecture = Architecture(width=4, num_classes=3, num_experts=3, gate_width=4, height=16, input_width=16)
@@ -45,15 +45,16 @@ def main(out: Path, accumulate: int, kind: type[JointTask]) -> None:
     images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     data = Split(images, torch.arange(16) % 3)
     # SGD's first momentum is the gradient itself. No load balancing: it is a function of the whole batch, not a mean.
-    schedule = Schedule(epochs=1, batch_size=16, optimiser="sgd", weight_decay=0.0, precision="float32", accumulate=accumulate)
+    schedule = Schedule(epochs=3, batch_size=16, optimiser="sgd", weight_decay=0.0, precision="float32", accumulate=accumulate)
     recipe = replace(RECIPES["compact"], architecture=architecture, joint=schedule)
     recipe = replace(recipe, loss=replace(recipe.loss, balance=0.0, clean_share=1.0))
     with started("cpu") as worker:
         trainer = Trainer(Stage("joint", kind(mixture, recipe, data, worker.device), 3, 7, {}), data, worker)
-        trainer.step(0)
+        for step in range(steps):
+            trainer.step(step)
         if worker.first:
             save_file({name: value.contiguous() for name, value in trainer.progress.optimiser.state().items()}, out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), {"frozen": FrozenTask, "training": JointTask}[sys.argv[3]])
+    main(Path(sys.argv[1]), int(sys.argv[2]), {"frozen": FrozenTask, "training": JointTask}[sys.argv[3]], int(sys.argv[4]))

@@ -72,13 +72,13 @@ def test_diversity_is_rewarded_where_it_has_a_weight(network: Mixture, recipe: R
 def test_training_with_top_k_leaves_the_other_experts_out_of_the_mixture(
     network: Mixture, recipe: Recipe, images: torch.Tensor
 ) -> None:
-    only = replace(recipe.loss, top_k=1, clean=0.0, experts=0.0, balance=0.0)
+    only = replace(recipe.loss, top_k=2, clean=0.0, experts=0.0, balance=0.0)
     network.gate.head.weight.data.zero_()
-    network.gate.head.bias.data.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    network.gate.head.bias.data.copy_(torch.tensor([0.0, 5.0, 4.0]))
     total, _ = step(network, replace(recipe, loss=only), images)
     total.backward()
     moved = [any(p.grad is not None and p.grad.abs().max() > 1e-12 for p in expert.parameters()) for expert in network.experts]
-    assert moved == [False, True, False]
+    assert moved == [False, True, True]
 
 
 def test_the_terms_are_computed_on_images_attacked_through_gate_and_experts(
@@ -133,3 +133,8 @@ def test_a_gates_temperature_changes_how_it_learns_but_not_what_it_answers(mixtu
     torch.testing.assert_close((sharper - plain)[:, 0] - (sharper - plain)[:, 1], torch.full((len(images),), 0.4))
     warm.gate.set_temperature(1.0)
     torch.testing.assert_close(warm.components(images)[0], sharper)
+
+
+def test_a_small_part_of_a_batch_keeps_a_clean_image(network: Mixture, recipe: Recipe, images: torch.Tensor) -> None:
+    _, terms = step(network, replace(recipe, loss=replace(recipe.loss, clean_share=0.01)), images)
+    assert "clean" in terms

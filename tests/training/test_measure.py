@@ -103,3 +103,19 @@ def test_the_first_images_are_a_bench_of_their_own() -> None:
     assert len(network.bench.first(7)) == 7
     assert len(network.bench.first(1000)) == 100
     assert torch.equal(network.bench.first(7).judge(network), network.bench.judge(network)[:7])
+
+
+def test_every_restart_starts_elsewhere(images: torch.Tensor) -> None:
+    seen: list[torch.Tensor] = []
+
+    def unbreakable(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.detach().clone())
+        return torch.stack([inputs.flatten(1).sum(dim=1) * 0 + 1, inputs.flatten(1).sum(dim=1) * 0], dim=1)
+
+    bench = Bench(Split((images[:4] * 255).to(torch.uint8), torch.zeros(4, dtype=torch.int64)), torch.device("cpu"))
+    attack = Attack.pgd(8 / 255, 1, 0.0, restarts=3)
+    assert bench.correct(unbreakable, attack).all()
+    starts = [inputs for inputs in seen if inputs.shape == images[:4].shape][::2]  # the attack's pass, then the judging
+    assert len(starts) == 3
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])

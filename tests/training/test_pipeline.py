@@ -372,3 +372,34 @@ def test_the_papers_procedure_runs_at_toy_size(tiny_run: TinyRun, tmp_path: Path
     header = read_header(out)
     assert [expert["family"] for expert in header.recipe["experts"]] == ["benign", *["fgsm"] * 4, *["pgd"] * 4]
     assert header.metrics["n"] == 6
+
+
+def test_parts_of_other_settings_are_not_taken_up(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts, folder = tmp_path / "parts", copy_of(tiny_run, tmp_path / "run", *STAGES[:9])
+    more = ["--parts", str(parts), "--out", str(tmp_path / "out.safetensors"), "--minutes", "0"]
+    assert main(["slice", *tiny_run.arguments(folder), *more]) == 75
+    message = refusal(capsys, ["slice", *tiny_run.arguments(tmp_path / "other"), "--seed", "5", *more])
+    assert "choose another --parts" in message
+    assert not list((tmp_path / "other").glob("*.safetensors"))
+
+
+def test_a_mixture_trained_with_top_k_is_deployed_with_it(tiny_run: TinyRun, tmp_path: Path) -> None:
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--init", str(tiny_run.checkpoint), "--set", "loss.top_k=2"]
+    out = tmp_path / "out.safetensors"
+    assert main(["compact", *arguments, "--out", str(out), "--n", "6"]) == 0
+    assert read_header(out).top_k == 2
+    assert {path.stem for path in (tmp_path / "run").glob("*.safetensors")} == {"joint"}  # no experts for nothing
+
+
+def test_a_date_will_do_as_a_seed(tiny_run: TinyRun, tmp_path: Path) -> None:
+    assert main(["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", "--seed", "20261122"]) == 0
+
+
+@pytest.mark.parametrize("setting", ["pretrain.cutmix=1.0", "pretrain.label_smoothing=0.1"])
+def test_mart_needs_plain_classes(tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "compact", with_loss(RECIPES["compact"], "mart"))
+        arguments = ["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", "--set", setting]
+        assert "MART needs plain classes" in refusal(capsys, arguments)

@@ -155,3 +155,33 @@ def test_a_recipe_is_fitted_to_the_datas_classes_and_size() -> None:
     fitted = COMPACT.for_data(num_classes=7, height=8, width=24).architecture
     assert (fitted.num_classes, fitted.height, fitted.input_width) == (7, 8, 24)
     assert fitted.width == COMPACT.architecture.width
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("loss.top_k=1", "at least 2"),
+        ("joint.swa_from=2", "swa_from"),
+        ("pretrain.cutmix=-1", "cutmix"),
+        ("joint.accumulate=0", "accumulate must be at least 1"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        COMPACT.with_setting(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("gate_temperature=0", "gate_temperature must be above 0"), ("architecture.num_experts=8", "8 experts, the line-up 9")],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        COMPACT.with_setting(setting).for_data(10, 32, 32)
+
+
+def test_losses_that_need_an_attack_with_a_start_of_its_own_say_so() -> None:
+    with pytest.raises(ValueError, match="benign"):
+        ExpertRecipe("benign", loss="trades")
+    with pytest.raises(ValueError, match="set noise"):
+        ExpertRecipe("fgsm", epsilons=(0.1,), noise=False, loss="trades")

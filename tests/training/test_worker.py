@@ -15,26 +15,27 @@ from safetensors.torch import load_file
 from training.worker import Stop, Worker, started
 
 
-def gradients(out: Path, workers: int, accumulate: int, kind: str) -> dict[str, torch.Tensor]:
-    """Return the gradients of one step by so many processes."""
+def gradients(out: Path, workers: int, accumulate: int, kind: str, steps: int = 1) -> dict[str, torch.Tensor]:
+    """Return the gradients of one step by so many processes, or the momentum after several."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launch, "-m", "tests.training.gradients", str(out), str(accumulate), kind]
+    command = [sys.executable, *launch, "-m", "tests.training.gradients", str(out), str(accumulate), kind, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert done.returncode == 0, done.stderr
     return load_file(out)
 
 
-def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
-    one = gradients(tmp_path / "one", 1, 1, "frozen")
-    two = gradients(tmp_path / "two", 2, 1, "frozen")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path, steps: int) -> None:
+    one = gradients(tmp_path / "one", 1, 1, "frozen", steps)
+    two = gradients(tmp_path / "two", 2, 1, "frozen", steps)
     assert one.keys() == two.keys()
     assert len(one) > 100
     for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     assert max(gradient.abs().max() for gradient in one.values()) > 0.01
 
 
-def test_two_workers_do_what_one_does_that_accumulates_two_parts(tmp_path: Path) -> None:
+def test_two_workers_have_the_gradients_of_one_that_accumulates_two_parts(tmp_path: Path) -> None:
     parts = gradients(tmp_path / "parts", 1, 2, "training")  # with noise, and batch norms in training mode
     two = gradients(tmp_path / "two", 2, 1, "training")
     for name, gradient in parts.items():
@@ -44,11 +45,10 @@ def test_two_workers_do_what_one_does_that_accumulates_two_parts(tmp_path: Path)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with started("cpu") as worker:
+    with started("cpu") as worker, worker.stop.listening():
         assert worker.stop.reason is None
         os.kill(os.getpid(), number)
         assert worker.stop.reason == number.name
-        assert worker.check_stop(1) == number.name
         assert signal.getsignal(signal.SIGTERM) is before
     assert signal.getsignal(signal.SIGTERM) is before
 
