@@ -234,8 +234,10 @@ def _parse_header(path: Path, values: object) -> Header:
 
 
 def _parse_architecture(path: Path, version: int, values: dict[str, Any]) -> Architecture:
-    if version == 1:  # knew one activation only
+    if version == 1 and "activation" not in values:  # it knew one only
         values = {**values, "activation": "relu"}
+    elif version == 1:
+        raise CheckpointError(f"{path}: architecture: format_version 1 has no activation; write 2")
     try:
         return Architecture.from_json(values)
     except ValueError as error:

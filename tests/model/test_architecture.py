@@ -27,6 +27,8 @@ def test_a_preset_survives_json(name: str) -> None:
         ("num_classes", 1),
         ("num_experts", 0),
         ("gate_width", -1),
+        ("activation", "gelu"),
+        ("activation", None),
         ("height", 7),
         ("input_width", None),
         ("mean", (0.5, 0.5)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.architecture import Architecture
@@ -121,7 +122,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_still_a_checkpoint(tiny: Mi
     path = tmp_path / "a.safetensors"
     tensors = {name: value for name, value in tiny.state_dict().items() if not name.endswith("num_batches_tracked")}
     values = {
-        "format_version": 1,
+        "format_version": 2,
         "architecture": TINY.to_json(),
         "class_names": ["a", "b", "c"],
         "top_k": None,
@@ -136,6 +137,21 @@ def test_a_header_length_that_looks_like_a_pickle_is_still_a_checkpoint(tiny: Mi
     save_file(tensors, path, {"palisade": json.dumps(values)})
     assert path.read_bytes().startswith(start)
     assert load_checkpoint(path).architecture == TINY
+
+
+def test_a_checkpoint_of_format_version_1_is_read_with_its_only_activation(good: Path, tmp_path: Path) -> None:
+    tensors, path = load_file(good), tmp_path / "old.safetensors"
+    with safe_open(good, framework="pt") as file:
+        header = json.loads(file.metadata()["palisade"])
+    header["format_version"] = 1
+    save_file(tensors, path, {"palisade": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="format_version 1 has no activation"):
+        read_header(path)
+    del header["architecture"]["activation"]
+    save_file(tensors, path, {"palisade": json.dumps(header)})
+    assert read_header(path).architecture == read_header(good).architecture
+    assert read_header(path).architecture.activation == "relu"
+    assert load_checkpoint(path).architecture == load_checkpoint(good).architecture
 
 
 # --- abuse: tensors and header fields

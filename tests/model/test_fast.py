@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,3 +102,14 @@ def test_the_type_chosen_by_default_keeps_its_tolerance(mixture: Mixture, images
     with torch.no_grad():
         expected = mixture(images).exp()
     assert (fast.predict(images).probabilities - expected).abs().max() <= TOLERANCE[fast.dtype]
+
+
+def test_a_smooth_activation_survives_folding(mixture: Mixture, images: torch.Tensor) -> None:
+    torch.manual_seed(2)
+    smooth = Mixture(replace(mixture.architecture, activation="silu"))
+    smooth.load_state_dict(mixture.state_dict())
+    smooth.eval()
+    with torch.no_grad():
+        expected = smooth(images).exp()
+        assert (expected - mixture(images).exp()).abs().max() > 0.1  # the same weights, another network
+    assert (FastMixture(smooth, torch.float32).predict(images).probabilities - expected).abs().max() <= TOLERANCE[torch.float32]
