@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 DATA ?= cifar10
-# The embedded checkpoint's second joint training: half an epoch with a slightly larger radius and less weight on clean images.
-POLISH = --data $(DATA) --run runs/compact-polish --init runs/compact/joint-compact.checkpoint --set joint.epochs=0.5 \
+# How the embedded checkpoint was made: two joint epochs, then half of one, four and 0.3 more, each from the result of the one before.
+JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoint --set joint.epochs=0.5 \
 	--set joint.peak_lr=0.008 --set joint_epsilons=[0.037] --set loss.clean=0.1
+JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkpoint --set joint.epochs=4 \
+	--set joint.peak_lr=0.02 --set loss.experts=0.2
+JOINT_4 = --data $(DATA) --run runs/compact-4 --init runs/compact-3/joint.checkpoint --set joint.epochs=0.3 \
+	--set joint.peak_lr=0.006 --set loss.experts=0.2 --set loss.clean=0.15 --set joint_epsilons=[0.035]
 
 .DEFAULT_GOAL := help
 
@@ -44,12 +48,16 @@ coverage: setup ## run the tests and print what they cover
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 .PHONY: train-compact
-train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instead of a download; about two hours on two cores
+train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instead of a download; hours on two cores, resumes
 	$(BIN)/palisade-train pretrain --data $(DATA) --run runs/compact
 	$(BIN)/palisade-train joint --data $(DATA) --run runs/compact
-	$(BIN)/palisade-train export --data $(DATA) --run runs/compact --out runs/compact/joint-compact.checkpoint
-	$(BIN)/palisade-train joint $(POLISH)
-	$(BIN)/palisade-train export $(POLISH) --out model/checkpoints/compact.safetensors
+	$(BIN)/palisade-train export --data $(DATA) --run runs/compact --out runs/compact/joint.checkpoint
+	$(BIN)/palisade-train joint $(JOINT_2)
+	$(BIN)/palisade-train export $(JOINT_2) --out runs/compact-2/joint.checkpoint
+	$(BIN)/palisade-train joint $(JOINT_3)
+	$(BIN)/palisade-train export $(JOINT_3) --out runs/compact-3/joint.checkpoint
+	$(BIN)/palisade-train joint $(JOINT_4)
+	$(BIN)/palisade-train export $(JOINT_4) --out model/checkpoints/compact.safetensors
 	$(BIN)/palisade-train evaluate --data $(DATA) --checkpoint compact --stamp
 
 .PHONY: runtime-check

@@ -24,7 +24,7 @@ from model.checkpoint import load_checkpoint, read_header
 from training.attack import Attack
 from training.data import load_dataset
 from training.evaluation.levels import EPSILON, STEP
-from training.measure import BATCH, Bench
+from training.measure import BATCH, Bench, exact_float32
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    exact_float32()
     if options.data is None:
         raise SystemExit("set PALISADE_DATA, or --data, to a CIFAR-10 .npz file (docs/training.md)")
     test = load_dataset(options.data).test.take(slice(options.n))

@@ -81,7 +81,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser],
     command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
     command.add_argument("--plot", type=Path, metavar="OUT", help="draw the figures here (PNG)")
     command.add_argument("--n", type=int, default=0, help="test images, a fixed random subset; default: all")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--stamp", action="store_true", help="also write the figures into the checkpoint's header")
     command.set_defaults(run_command=_evaluate)
 
@@ -91,7 +91,7 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     run.add_argument("--run", type=Path, required=True, help="run folder; the same folder resumes")
     run.add_argument("--recipe", choices=sorted(RECIPES), default="compact", help="default: %(default)s")
     run.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="as joint.epochs=2")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=_seed, default=0)
 
     init = argparse.ArgumentParser(add_help=False)
     init.add_argument("--init", metavar="CHECKPOINT", help="joint training goes on from this instead of the folder's experts")
@@ -129,6 +129,12 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{name} is not a device; write for example cpu or cuda:0") from error
     return name
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: give a number from 0 to {2**31 - 1}")
+    return int(text)
 
 
 def _threads(text: str) -> int:

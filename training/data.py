@@ -158,7 +158,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             for name in (*ARRAYS, *OPTIONAL_ARRAYS):
                 if name in file:
                     arrays[name] = file[name]
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         where = f": array {name}, which must be plain numbers or text and all images of one size" if name else ""
         raise ValueError(f"{path} is not a readable .npz file{where} ({error})") from error
     missing = [name for name in ARRAYS if name not in arrays]

@@ -51,7 +51,8 @@ class Bench:
     def correct(self, network: LogProbs, attack: Attack | None, crafted_on: LogProbs | None = None) -> torch.Tensor:
         """Return ``(N,)`` booleans: which images are classified rightly, after ``attack`` if there is one.
 
-        An image counts as right only if it survives every restart of the attack; one that is already broken is left alone.
+        An image counts as right only if it is right as it is and survives every restart of the attack; one that is already
+        broken is left alone.
 
         Args:
             network: Which network answers.
@@ -62,6 +63,7 @@ class Bench:
             return self.judge(network)
         results = []
         for number, (images, labels) in enumerate(self.batches()):
+            # The first start attacks all images, so that networks that are compared face the same noise on each.
             right = torch.ones(len(labels), dtype=torch.bool, device=self.device)
             for restart in range(attack.restarts):
                 rows = right.nonzero().squeeze(1)
@@ -69,7 +71,7 @@ class Bench:
                     noise = self._generator(number, restart)
                     attacked = perturb(crafted_on or network, images[rows], labels[rows], attack, noise)
                     right[rows] = _right(network, attacked, labels[rows])
-            results.append(right.cpu())
+            results.append((right & _right(network, images, labels)).cpu())
         return torch.cat(results)
 
     def attacked(self, network: LogProbs, attack: Attack) -> torch.Tensor:
@@ -87,6 +89,12 @@ class Bench:
 
     def _generator(self, batch: int, restart: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 100_003 + batch) * 64 + restart)
+
+
+def exact_float32() -> None:
+    """Make GPUs compute in float32 where float32 is asked for, not in TF32: attacks need exact gradients."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def accuracy_under(log_probs: LogProbs, split: Split, attack: Attack | None, device: torch.device) -> float:

@@ -18,6 +18,7 @@ import torch
 from pyautoattack import AutoAttack  # type: ignore[import-untyped]
 from tqdm import tqdm
 
+from model.checkpoint import Header
 from training.attack import LogProbs
 from training.evaluation.significance import interval
 from training.measure import Bench
@@ -128,10 +129,12 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def open_journal(folder: Path, ensemble: Ensemble, bench: Bench, checkpoint_sha256: str, test_sha256: str) -> Journal:
+def open_journal(folder: Path, ensemble: Ensemble, bench: Bench, header: Header, test_sha256: str) -> Journal:
     """Open ``autoattack.jsonl`` in a folder for a run on these images, or refuse one that belongs to another run."""
     key = {
-        "checkpoint_sha256": checkpoint_sha256,
+        "checkpoint_sha256": header.weights_sha256,
+        "architecture": json.loads(json.dumps(header.architecture.to_json())),
+        "top_k": header.top_k,
         "test_sha256": test_sha256,
         "n": len(bench),
         "seed": bench.seed,
@@ -200,7 +203,7 @@ def right_after(
     if attack == "clean":
         return network(images).argmax(dim=1) == labels
     images = images.contiguous()  # the package flattens with view()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         adversarial = _crafted(attack, channels_last, images, labels, epsilon, seed, queries)
     outside = ((adversarial - images).abs() > epsilon + SLACK) | (adversarial < 0) | (adversarial > 1)
     right = channels_last(adversarial).argmax(dim=1) == labels

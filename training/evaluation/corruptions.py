@@ -214,7 +214,7 @@ _METHODS: dict[str, tuple[Callable[..., Pixels], tuple[tuple[Any, ...], ...]]] =
     "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "glass_blur": (_glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))),
     "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": (_zoom_blur, ((1.06,), (1.11,), (1.16,), (1.21,), (1.26,))),
+    "zoom_blur": (_zoom_blur, ((1.06,), (1.11,), (1.15,), (1.20,), (1.25,))),
     # mean, standard deviation and zoom of the flakes, threshold, motion radius and sigma, share of the image that stays
     "snow": (
         snow,

@@ -16,7 +16,7 @@ from training.measure import Bench
 
 IMAGES = 500
 """Curves and sanity checks use the first so many images of the subset, or all if there are fewer."""
-RADII = (1, 2, 4, 8, 12, 16, 32, 64)
+RADII = (1, 2, 4, 8, 12, 16, 32, 64, 128)
 """In 255ths. PGD-20 with steps of a quarter of the radius, which is 2/255 at 8/255."""
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 """Numbers of steps of 2/255 at radius 8/255."""

@@ -43,23 +43,24 @@ class Examination:
         attacked = self.bench.attacked(self.mixture, PGD_20)  # (N, 3, H, W)
         self._attack(attacked)
         self._attack_top_k()
-        transfer = self._transfer()
+        transferred = self._transfer()
         part = self.bench.first(curves.IMAGES)
         curve = curves.measure_curves(self.mixture, part, self.correct["mixture"])
         gate, diversity = {}, {}
         for name, images in (("clean", None), ("PGD-20", attacked)):
             gate[name], diversity[name] = routing_figures(self.mixture, self.bench, images)
         return {
-            "transfer": transfer,
+            "transfer": {name: interval(right) for name, right in transferred.items()},
             "curves": curve.to_json(),
             "gate": gate,
             "diversity": diversity,
-            "sanity": [finding.to_json() for finding in self._check(part, curve, attacked)],
+            "sanity": [finding.to_json() for finding in self._check(part, curve, attacked, transferred)],
         }
 
     def _attack(self, attacked: torch.Tensor) -> None:
         """Run the level's attacks on the mixture, the uniform average and the best single expert."""
-        self.correct["mixture"]["PGD-20"] = self.bench.judge(self.mixture, attacked)
+        clean = self.correct["mixture"]["clean"]
+        self.correct["mixture"]["PGD-20"] = clean & self.bench.judge(self.mixture, attacked)
         names = ["mixture", "uniform average", *([self.best] if self.best else [])]
         wanted = [(name, attack) for name in names for attack in STANDARD if attack not in self.correct[name]]
         for name, attack in tqdm(wanted, desc="attack", unit="run", dynamic_ncols=True):
@@ -78,21 +79,24 @@ class Examination:
         deployed = {self.mixture.top_k} if self.mixture.top_k else set()
         return sorted(k for k in {*TOP_K, *deployed} if k < self.mixture.architecture.num_experts)
 
-    def _transfer(self) -> dict[str, Any]:
-        """Judge the mixture on images that were crafted on single experts."""
+    def _transfer(self) -> dict[str, torch.Tensor]:
+        """Return, by expert, which images that were crafted on it the mixture gets right."""
         experts = [name for name in self.networks if name.startswith("expert ")]
         return {
-            name: interval(self.bench.correct(self.mixture, PGD_20, crafted_on=self.networks[name]))
+            name: self.bench.correct(self.mixture, PGD_20, crafted_on=self.networks[name])
             for name in tqdm(experts, desc="transfer", unit="expert", dynamic_ncols=True)
         }
 
-    def _check(self, part: Bench, curve: curves.Curves, attacked: torch.Tensor) -> list[Finding]:
+    def _check(
+        self, part: Bench, curve: curves.Curves, attacked: torch.Tensor, transferred: dict[str, torch.Tensor]
+    ) -> list[Finding]:
         """Run the sanity checks on the first images; what is measured already is not measured again."""
         n, known = len(part), self.correct["mixture"]
         checks: list[Callable[[], Finding]] = [
             lambda: sanity.more_steps(curve, known["FGSM"][:n]),
             lambda: sanity.large_epsilon(curve, self.mixture.architecture.num_classes),
             lambda: sanity.square(self.mixture, part, known["PGD-50x2"][:n], EPSILON, sanity.SQUARE_QUERIES),
+            lambda: sanity.transfer(known["PGD-20"], transferred),
             lambda: sanity.partial(
                 known["PGD-20"][:n],
                 part.correct(self.mixture, PGD_20, crafted_on=through_gate_only(self.mixture)),

@@ -197,7 +197,7 @@ def _sanity(results: dict[str, Any]) -> str:
         return ""
     rows = []
     for check in checks:
-        outcome = "information" if check["informational"] else "passed" if check["passed"] else "FAILED"
+        outcome = "passed" if check["passed"] else "raised, for information" if check["informational"] else "FAILED"
         rows.append([check["check"], outcome, words(check["figures"]), check["raised_if"], check["meaning"]])
     head = ["check", "outcome", "figures", "raised if", "what it means"]
     return section("Sanity checks", table("Signs of an attack that fails for the wrong reasons", head, rows, "prose"))

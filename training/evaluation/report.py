@@ -15,7 +15,7 @@ from model.fast import fold_batch_norms
 from model.mixture import Mixture
 from training.attack import Attack, LogProbs
 from training.data import Dataset, Split
-from training.evaluation import autoattack
+from training.evaluation import autoattack, sanity
 from training.evaluation.autoattack import Ensemble, Journal
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from training.evaluation.examination import Examination
@@ -26,7 +26,7 @@ from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError, failed
 from training.evaluation.significance import Correct, interval, paired_tests
 from training.evaluation.table import suspicion, table
-from training.measure import Bench
+from training.measure import Bench, exact_float32
 
 SELECTION_IMAGES = 500
 """Held-out training images on which the best single expert is chosen."""
@@ -71,10 +71,13 @@ def evaluate_checkpoint(
     journal = _make_folder(request, ensemble, bench, header, dataset)
     # The same function but for rounding, with fewer passes over memory in every step of an attack.
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
-    torch.backends.cudnn.allow_tf32 = False  # attacks in float32, also on a GPU
+    exact_float32()
     more: dict[str, Any] = {}
+    checks = []
     if journal:  # first, as nothing else survives a kill
-        more["autoattack"] = autoattack.to_json(autoattack.run(mixture, bench, ensemble, journal), ensemble)
+        after = autoattack.run(mixture, bench, ensemble, journal)
+        more["autoattack"] = autoattack.to_json(after, ensemble)
+        checks = [sanity.square_after_ensemble(after).to_json()] if "square" in after else []
     compared = networks(mixture)
     best = _best_expert(header, dataset, compared, device, seed)
     correct: Correct = {
@@ -83,16 +86,24 @@ def evaluate_checkpoint(
     }
     if request.level != "quick":
         more |= Examination(mixture, compared, best, bench, correct).run()
+        more["sanity"] = [*more.get("sanity", []), *checks]
     if request.corruptions:
         more["corruptions"] = _corruptions(mixture, bench)
     results = {**_record(header, dataset, bench, request, correct, best), **more}
-    print(table(results))
-    if stamp:
-        replace_metrics(resolve(checkpoint), results)
     write(results, request, mixture, bench)
+    if stamp:
+        _stamp(checkpoint, results)
+    print(table(results))
     if failed(results.get("sanity", [])):
         raise MaskedGradientsError(suspicion(results))
     return results
+
+
+def _stamp(checkpoint: str | Path, results: dict[str, Any]) -> None:
+    """Write the figures into the header, unless other weights have taken the file's place meanwhile."""
+    if read_header(checkpoint).weights_sha256 != results["checkpoint_sha256"]:
+        raise ValueError(f"{checkpoint} was replaced while it was measured: its header is left as it is")
+    replace_metrics(resolve(checkpoint), results)
 
 
 def _make_folder(request: Request, ensemble: Ensemble, bench: Bench, header: Header, dataset: Dataset) -> Journal | None:
@@ -104,7 +115,7 @@ def _make_folder(request: Request, ensemble: Ensemble, bench: Bench, header: Hea
     request.folder.mkdir(exist_ok=True)
     if request.level != "full":
         return None
-    return autoattack.open_journal(request.folder, ensemble, bench, header.weights_sha256, dataset.test_digest)
+    return autoattack.open_journal(request.folder, ensemble, bench, header, dataset.test_digest)
 
 
 def _record(
@@ -123,7 +134,7 @@ def _record(
         "top_k": header.top_k,
         "attacks": {name: asdict(attack) if attack else {} for name, attack in attacks.items()},
         "accuracy": {name: {a: interval(right) for a, right in row.items()} for name, row in correct.items()},
-        "best_single_expert": best and {"name": best, "chosen_on": f"{SELECTION_IMAGES} held-out training images, PGD-10"},
+        "best_single_expert": best and {"name": best, "chosen_on": f"{_selected(header)} held-out training images, PGD-10"},
         "paired_tests": paired_tests(correct, best),
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(bench.device)},
     }
@@ -155,6 +166,10 @@ def _best_expert(
     experts = tqdm([n for n in compared if n.startswith("expert")], desc="choose single expert", dynamic_ncols=True)
     robust: dict[str, float] = {name: bench.correct(compared[name], QUICK["PGD-10"]).sum().item() for name in experts}
     return max(robust, key=robust.__getitem__)
+
+
+def _selected(header: Header) -> int:
+    return min(SELECTION_IMAGES, int(header.data["held_out_training_images"]))
 
 
 def _subset(split: Split, n: int, seed: int) -> Split:

@@ -41,6 +41,8 @@ class Request:
         for option, file in (("--json", self.json), ("--plot", self.plot)):
             if file is not None:
                 _check_file(option, file)
+        if self.plot is not None and self.plot.suffix != ".png":
+            raise ValueError(f"--plot {self.plot}: plots are PNG files; end the name with .png")
         if self.folder is not None:
             _check_folder(self.folder)
 

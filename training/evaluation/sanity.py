@@ -24,10 +24,12 @@ from training.measure import Bench
 TOLERANCE = 0.01
 """An attack is weaker than another when it breaks fewer images by more than this share of them, and one image besides."""
 LARGE_EPSILON_SHARE = 0.02
-"""At radius 64/255 no more than this share, nor than half of chance, may stay right."""
+"""At the largest radius no more than this share, nor than half of chance, may stay right."""
 SQUARE_SHARE = 0.02
 """A black-box attack may break no more than this share after white-box attacks."""
 SQUARE_QUERIES = 1000
+AFTER_ENSEMBLE_SHARE = 0.002
+"""The same at the end of AutoAttack, in the authors' judgement (their ``checks.py``)."""
 ZERO_SHARE = 0.01
 """No more than this share of the images may have a gradient that is exactly zero."""
 ROUNDING = 1e-4
@@ -78,7 +80,7 @@ def more_steps(curves: Curves, fgsm: torch.Tensor) -> Finding:
         fgsm: ``(N,)``, which images are right after FGSM.
     """
     many = {steps: right for steps, right in curves.steps.items() if steps >= 10}
-    weaker = any(_weaker(later, earlier) for earlier, later in itertools.pairwise(many.values()))
+    weaker = any(_weaker(later, earlier) for earlier, later in itertools.combinations(many.values(), 2))
     single_step = any(_weaker(right, fgsm) for right in many.values())
     return Finding(
         "more_steps",
@@ -100,8 +102,8 @@ def large_epsilon(curves: Curves, num_classes: int) -> Finding:
         passed=not exceeds(int(right.sum()), len(right), limit),
         figures={f"right at {radius}/255": _percent(right), "limit": 100 * limit},
         raised_if=f"at radius {radius}/255 significantly more than the limit (2 %, or half of chance) stays right",
-        meaning="so large a change can turn any image into another class; if PGD does not find it, it climbs the wrong way or "
-        "not at all (or the network ignores its input)",
+        meaning="so large a change can make any image plain grey; if PGD finds nothing, it climbs the wrong way or not at all "
+        "(or the network ignores its input)",
     )
 
 
@@ -127,6 +129,40 @@ def square(network: LogProbs, bench: Bench, survived: torch.Tensor, epsilon: flo
         figures={"survivors": len(rows), "broken": broken, "queries": queries, "limit": SQUARE_SHARE * len(bench)},
         raised_if=f"Square breaks significantly more than {SQUARE_SHARE:.0%} of the images after PGD-50x2 has left them right",
         meaning="an attack without gradients finds what the attack with gradients misses, so the gradients are useless",
+    )
+
+
+def square_after_ensemble(after: Mapping[str, torch.Tensor]) -> Finding:
+    """Check that within AutoAttack the black-box attack comes too late to matter, as the authors' own code warns.
+
+    Args:
+        after: What :func:`training.evaluation.autoattack.run` returns, with ``square`` in it.
+    """
+    *_, before, last = after.values()
+    broken, limit = int(before.sum() - last.sum()), max(1, AFTER_ENSEMBLE_SHARE * len(last))
+    return Finding(
+        "square_after_ensemble",
+        passed=broken <= limit,
+        figures={"broken": broken, "limit": limit},
+        raised_if=f"Square breaks more than {AFTER_ENSEMBLE_SHARE:.1%} of the images (and more than one) after the attacks by "
+        "gradients of AutoAttack have left them right",
+        meaning="an attack without gradients finds what the strongest attacks with gradients miss",
+    )
+
+
+def transfer(itself: torch.Tensor, transferred: Mapping[str, torch.Tensor]) -> Finding:
+    """Check that attacking the mixture itself is no weaker than attacking one of its experts and transferring the images.
+
+    Args:
+        itself: ``(N,)``, which images the mixture gets right after PGD-20 through itself.
+        transferred: By expert: which it gets right after PGD-20 through that expert alone.
+    """
+    return Finding(
+        "transfer",
+        passed=not any(_weaker(itself, right) for right in transferred.values()),
+        figures={"through itself": _percent(itself), **{name: _percent(right) for name, right in transferred.items()}},
+        raised_if="images crafted on a single expert break the mixture more often than images crafted on the mixture",
+        meaning="the mixture's own gradients hide what a part's gradients show",
     )
 
 

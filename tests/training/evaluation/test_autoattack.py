@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from model.architecture import Architecture
+from model.checkpoint import Header
 from tests.training.evaluation.linear import Linear, linear
 from training.attack import LogProbs
 from training.evaluation import autoattack
@@ -162,8 +164,16 @@ def test_a_damaged_record_is_refused(tmp_path: Path, content: str) -> None:
         Journal(path, KEY)
 
 
+HEADER = Header(Architecture(width=4), tuple("abcdefghij"), "c0ffee", top_k=2)
+
+
 def test_the_record_says_what_it_depends_on(network: Linear, tmp_path: Path) -> None:
-    autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, "c0ffee", "da7a")
+    autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, HEADER, "da7a")
     key = json.loads((tmp_path / "autoattack.jsonl").read_text())["key"]
     assert (key["checkpoint_sha256"], key["test_sha256"], key["attacks"], key["n"]) == ("c0ffee", "da7a", ["square"], 60)
     assert (key["epsilon"], key["queries"], key["seed"]) == (EPSILON, 50, 0)
+    assert (key["top_k"], key["architecture"]["activation"]) == (2, "relu")  # the same weights can be another network
+    autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, HEADER, "da7a")
+    other = replace(HEADER, top_k=None)
+    with pytest.raises(ValueError, match="top_k differ"):
+        autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, other, "da7a")

@@ -161,7 +161,7 @@ def test_zoom_moves_light_outwards_and_not_past_its_largest_factor() -> None:
     zoomed = corrupt(image, "zoom_blur", 5)[0, 0]
     assert zoomed[:, :26].max() == 0
     lit = zoomed.max(dim=0).values.nonzero().flatten()
-    assert lit.tolist() == [26, 27, 28, 29]  # 15.5 + 10.5 * 1.26 = 28.73, and less than 1.26 for the pixel's own width
+    assert lit.tolist() == [26, 27, 28, 29]  # 15.5 + 10.5 * 1.25 = 28.6, and less than 1.25 for the pixel's own width
 
 
 def test_glass_moves_colours_and_makes_none_when_it_hardly_blurs(clean: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from training.evaluation.curves import RADII, STEPS, measure_curves
 def test_the_curve_over_the_radius_is_the_one_computed_by_hand() -> None:
     network = linear(classes=2)
     curves = measure_curves(network, network.bench, {})
-    assert list(curves.epsilon) == [1, 2, 4, 8, 12, 16, 32, 64]
+    assert list(curves.epsilon) == [1, 2, 4, 8, 12, 16, 32, 64, 128]
     for radius, right in curves.epsilon.items():
         assert torch.equal(right, network.robust(radius / 255))
     assert curves.epsilon[1].sum() > curves.epsilon[8].sum() > curves.epsilon[32].sum() > curves.epsilon[64].sum() == 0

@@ -122,7 +122,7 @@ def reported(folder: Path) -> dict[str, Any]:
 
 def test_a_network_that_was_trained_as_usual_passes_every_sanity_check(standard: Path) -> None:
     results = reported(standard)
-    checks = ["more_steps", "large_epsilon", "square", "partial", "top_k", "gradients", "determinism"]
+    checks = ["more_steps", "large_epsilon", "square", "transfer", "partial", "top_k", "gradients", "determinism"]
     assert [finding["check"] for finding in results["sanity"]] == checks
     assert [finding["check"] for finding in results["sanity"] if finding["informational"]] == ["top_k"]  # it is not deployed
     assert [f["check"] for f in results["sanity"] if not f["passed"] and f["check"] != "top_k"] == []

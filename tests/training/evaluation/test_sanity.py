@@ -107,6 +107,7 @@ def rights(*counts: int, n: int = 300) -> list[torch.Tensor]:
         ((200, 150, 120, 100, 104, 104), True),  # 4 of 300 may be chance
         ((200, 150, 120, 100, 105, 100), False),
         ((200, 150, 120, 100, 100, 105), False),
+        ((200, 150, 120, 100, 103, 106), False),  # little by little
         ((200, 150, 190, 100, 100, 100), True),  # few steps don't cross the ball
     ],
 )
@@ -125,7 +126,7 @@ def test_one_step_may_not_beat_many(fgsm: int, passed: bool) -> None:
 def test_a_network_that_survives_any_radius_is_found(network: Linear, hide: Callable[[Linear], LogProbs]) -> None:
     finding = sanity.large_epsilon(curves_of(hide(network), network.bench), 2)
     assert not finding.passed
-    assert finding.figures["right at 64/255"] > 80
+    assert finding.figures["right at 128/255"] > 80
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,22 @@ def test_hardly_any_image_may_survive_the_largest_radius(right: int, classes: in
     assert finding.passed is passed
 
 
+# --- transfer
+
+
+@pytest.mark.parametrize(("transferred", "passed"), [(140, True), (96, True), (95, False)])
+def test_an_experts_images_may_not_break_the_mixture_more_often_than_its_own(transferred: int, passed: bool) -> None:
+    itself, weak, strong = rights(100, 150, transferred)
+    assert sanity.transfer(itself, {"expert 0": weak, "expert 1": strong}).passed is passed
+
+
 # --- black box
+
+
+@pytest.mark.parametrize(("last", "passed"), [(100, True), (99, True), (98, False)])
+def test_a_black_box_attack_may_not_break_what_autoattacks_gradients_left(last: int, passed: bool) -> None:
+    clean, before, after = rights(200, 100, last)
+    assert sanity.square_after_ensemble({"clean": clean, "apgd-ce": before, "square": after}).passed is passed
 
 
 def test_gradients_that_are_no_use_are_found_by_an_attack_without_gradients(network: Linear) -> None:
