@@ -4,13 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 DATA ?= cifar10
-# How the embedded checkpoint was made: two joint epochs, then half of one, four and 0.3 more, each from the result of the one before.
+# How the embedded checkpoint was made: two joint epochs, then half of one and four more, each from the result of the one before.
 JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoint --set joint.epochs=0.5 \
 	--set joint.peak_lr=0.008 --set joint_epsilons=[0.037] --set loss.clean=0.1
 JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkpoint --set joint.epochs=4 \
 	--set joint.peak_lr=0.02 --set loss.experts=0.2
-JOINT_4 = --data $(DATA) --run runs/compact-4 --init runs/compact-3/joint.checkpoint --set joint.epochs=0.3 \
-	--set joint.peak_lr=0.006 --set loss.experts=0.2 --set loss.clean=0.15 --set joint_epsilons=[0.035]
 
 .DEFAULT_GOAL := help
 
@@ -55,9 +53,7 @@ train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instea
 	$(BIN)/palisade-train joint $(JOINT_2)
 	$(BIN)/palisade-train export $(JOINT_2) --out runs/compact-2/joint.checkpoint
 	$(BIN)/palisade-train joint $(JOINT_3)
-	$(BIN)/palisade-train export $(JOINT_3) --out runs/compact-3/joint.checkpoint
-	$(BIN)/palisade-train joint $(JOINT_4)
-	$(BIN)/palisade-train export $(JOINT_4) --out model/checkpoints/compact.safetensors
+	$(BIN)/palisade-train export $(JOINT_3) --out model/checkpoints/compact.safetensors
 	$(BIN)/palisade-train evaluate --data $(DATA) --checkpoint compact --stamp
 
 .PHONY: runtime-check
