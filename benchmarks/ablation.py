@@ -35,7 +35,8 @@ from training.measure import accuracy_under
 from training.pretrain import Alone, ExpertTask
 from training.recipe import ExpertRecipe, JointLoss, Recipe, Schedule
 from training.run_folder import git_revision
-from training.stage import Stage, Task, Trainer
+from training.stage import Stage, Trainer
+from training.task import Task
 from training.worker import Worker
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from training.data import Dataset, Split
 from training.losses import expert_cross_entropy, expert_diversity, keep_top_k, load_balance, mixture_cross_entropy
 from training.measure import accuracy_under
 from training.recipe import Recipe
-from training.stage import Figures, Stage, Task, Terms
+from training.stage import Stage
+from training.task import Figures, Task, Terms
 
 JOINT = "joint"
 

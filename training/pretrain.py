@@ -18,7 +18,8 @@ from training.data import Dataset, Split
 from training.losses import mart, mixture_cross_entropy, trades
 from training.measure import accuracy_under
 from training.recipe import ExpertRecipe, Recipe, Schedule
-from training.stage import Figures, Stage, Task, Terms
+from training.stage import Stage
+from training.task import Figures, Task, Terms
 
 
 class Alone(nn.Module):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from training.attack import frozen_statistics
 from training.augmentation import crop_and_flip, cutmix, idbh, to_float
 from training.data import Split
 from training.progress import Progress
 from training.recipe import Schedule
 from training.run_folder import RunFolder
+from training.task import Task, Terms
 from training.weight_perturbation import ascended
 from training.worker import StopRequested, Worker
 
@@ -27,73 +26,6 @@ LOG_EVERY = 20
 SAVE_EVERY = 100
 COLLAPSE = 0.6
 """An epoch whose held-out robust accuracy is below this share of the best so far counts as collapsed."""
-
-Terms = dict[str, torch.Tensor]
-Figures = dict[str, float]
-
-
-class Task(nn.Module, ABC):
-    """What a stage trains: the network, its attack, its loss, and how it is judged.
-
-    Args:
-        network: The network, channels-last; all that is saved.
-        schedule: The stage's schedule.
-        holdout: What it is judged on.
-        device: Where the network is.
-    """
-
-    def __init__(self, network: nn.Module, schedule: Schedule, holdout: Split, device: torch.device) -> None:
-        super().__init__()
-        self.network = network
-        self.schedule = schedule
-        self.holdout = holdout
-        self.device = device
-
-    @abstractmethod
-    def attack(
-        self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
-    ) -> torch.Tensor:
-        """Return attacked versions of ``images``.
-
-        Args:
-            images: ``(B, 3, H, W)``, float32 in ``[0, 1]``.
-            targets: Classes ``(B,)`` or probabilities ``(B, C)``.
-            choices: Decides which attack (on the CPU, the same for all workers).
-            noise: Source of starting noise, on the images' device.
-        """
-
-    @abstractmethod
-    def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
-        """Return the loss of attacked and clean images, and values to log."""
-
-    @abstractmethod
-    def judge(self, averaged: nn.Module) -> Figures:
-        """Return held-out figures of a network; ``robust`` (in ``[0, 1]``), if present, is watched for collapse."""
-
-    @abstractmethod
-    def experts(self) -> list[nn.Module]:
-        """Return what ``torch.compile`` may compile."""
-
-    def autocast(self) -> torch.autocast:
-        """Return the context in which networks run, in the schedule's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bfloat16")
-
-    @contextmanager
-    def attacking(self) -> Iterator[None]:
-        """Run an attack inside: in the schedule's precision, with batch-norm statistics held unless it says otherwise.
-
-        Parameters need no gradients meanwhile. Eager code would not compute them anyway, but compiled code would.
-        """
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        held = frozen_statistics(self.network) if self.schedule.hold_statistics else nullcontext()
-        with self.autocast(), held:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            try:
-                yield
-            finally:
-                for parameter in trained:
-                    parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)

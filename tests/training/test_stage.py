@@ -20,7 +20,8 @@ from training.measure import accuracy_under
 from training.pretrain import Alone, ExpertTask
 from training.recipe import ExpertRecipe, Schedule
 from training.run_folder import RunFolder
-from training.stage import Figures, Stage, Terms, Trainer, learning_rate, run_stage
+from training.stage import Stage, Trainer, learning_rate, run_stage
+from training.task import Figures, Terms
 from training.worker import Stop, StopRequested, Worker
 
 CPU = torch.device("cpu")

@@ -73,11 +73,7 @@ def evaluate_checkpoint(
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     exact_float32()
     more: dict[str, Any] = {}
-    checks = []
-    if journal:  # first, as nothing else survives a kill
-        after = autoattack.run(mixture, bench, ensemble, journal)
-        more["autoattack"] = autoattack.to_json(after, ensemble)
-        checks = [sanity.square_after_ensemble(after).to_json()] if "square" in after else []
+    after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}  # first, as nothing else survives a kill
     compared = networks(mixture)
     best = _best_expert(header, dataset, compared, device, seed)
     correct: Correct = {
@@ -86,7 +82,10 @@ def evaluate_checkpoint(
     }
     if request.level != "quick":
         more |= Examination(mixture, compared, best, bench, correct).run()
-        more["sanity"] = [*more.get("sanity", []), *checks]
+    if after:
+        more["autoattack"] = autoattack.to_json(after, ensemble)
+    if "square" in after:
+        more["sanity"] = [*more.get("sanity", []), sanity.square_after_ensemble(after).to_json()]
     if request.corruptions:
         more["corruptions"] = _corruptions(mixture, bench)
     results = {**_record(header, dataset, bench, request, correct, best), **more}
