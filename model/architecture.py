@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from model.backbone import Activation
+Activation = Literal["relu", "silu"]
 
+BLOCKS_PER_STAGE = (2, 2, 2, 2)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block of an expert: two 3x3 convolutions beside a shortcut.
+
+    Attributes:
+        inputs: Channels that come in.
+        outputs: Channels that go out.
+        stride: Stride of the first convolution and of the shortcut.
+    """
+
+    inputs: int
+    outputs: int
+    stride: int
+
+    @property
+    def projects(self) -> bool:
+        """Whether the shortcut is a 1x1 convolution, since it can't pass its input on as it is."""
+        return self.stride != 1 or self.inputs != self.outputs
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,15 @@ class Architecture:
             raise ValueError(f"std must be at least 1e-6 in every channel, not {self.std!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {self.activation!r}")
+
+    def blocks(self) -> list[Block]:
+        """Return an expert's residual blocks in order: stage ``s`` has ``width * 2**s`` channels and halves the image."""
+        made: list[Block] = []
+        for stage, count in enumerate(BLOCKS_PER_STAGE):
+            for place in range(count):
+                inputs = made[-1].outputs if made else self.width
+                made.append(Block(inputs, self.width * 2**stage, 2 if stage > 0 and place == 0 else 1))
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -6,15 +6,12 @@ small-image variant: a 3x3 convolution of stride 1 and no max-pooling, so that a
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
-Activation = Literal["relu", "silu"]
+from model.architecture import BLOCKS_PER_STAGE, Activation
 
-BLOCKS_PER_STAGE = (2, 2, 2, 2)
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 

@@ -5,24 +5,28 @@ The format is specified in docs/checkpoint-format.md. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from model.architecture import Architecture
-from model.mixture import Mixture
+from model.tensors import READABLE, StoredTensor, digest_of, read_tensors, stored_shapes, write_tensors
+
+if TYPE_CHECKING:  # only what takes or gives a module imports torch: the service runs without it
+    import torch
+
+    from model.mixture import Mixture
 
 FORMAT_VERSION = 2
 METADATA_KEY = "palisade"
 EMBEDDED = {"compact": Path(__file__).parent / "checkpoints" / "compact.safetensors"}
-STORED_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class CheckpointError(ValueError):
@@ -65,27 +69,42 @@ def load_checkpoint(name_or_path: str | Path = "compact", device: str | torch.de
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or not what its header says.
     """
+    import torch
+
+    from model.mixture import Mixture
+
+    header, weights = read_weights(name_or_path)
+    mixture = Mixture(header.architecture, header.top_k)
+    mixture.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()}, strict=False)
+    return mixture.eval().requires_grad_(False).to(device)
+
+
+def read_weights(name_or_path: str | Path = "compact") -> tuple[Header, dict[str, npt.NDArray[np.float32]]]:
+    """Return a checkpoint's header and every tensor as float32, checked as :func:`load_checkpoint` does, without torch.
+
+    Args:
+        name_or_path: ``compact``, the checkpoint inside the package, or a path.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, foreign, or not what its header says.
+    """
     path = resolve(name_or_path)
     header = read_header(path)
     tensors = _read_tensors(path)
-    with torch.device("meta"):  # shapes only: a forged header must not make us allocate
-        expected = _stored_state(Mixture(header.architecture))
-    _check_tensors(path, tensors, expected)
-    mixture = Mixture(header.architecture, header.top_k)
-    digest = weights_digest(tensors)
+    weights = _checked_weights(path, tensors, stored_shapes(header.architecture))
+    digest = digest_of(tensors)
     if digest != header.weights_sha256:
         raise CheckpointError(
             f"{path}: weights_sha256 is {header.weights_sha256} but the tensors hash to {digest}: copy it again"
         )
-    mixture.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    return mixture.eval().requires_grad_(False).to(device)
+    return header, weights
 
 
 def read_header(name_or_path: str | Path) -> Header:
     """Return a checkpoint's header without reading its tensors; raises :class:`CheckpointError`."""
     path = resolve(name_or_path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         _name_pickles(path)
@@ -101,14 +120,17 @@ def read_header(name_or_path: str | Path) -> Header:
     return _parse_header(path, values)
 
 
-def save_checkpoint(path: Path, mixture: Mixture, header: Header, dtype: torch.dtype = torch.bfloat16) -> Header:
-    """Write a mixture, its matrices in ``dtype`` and its vectors in float32, and return the header as written.
+def save_checkpoint(path: Path, mixture: Mixture, header: Header, dtype: torch.dtype | None = None) -> Header:
+    """Write a mixture, its matrices in ``dtype`` (bfloat16 by default) and its vectors in float32; return the written header.
 
     The header's ``weights_sha256`` is replaced by the digest of what is written.
     """
-    state = _stored_state(mixture)
-    tensors = {k: v.detach().cpu().to(dtype if v.ndim > 1 else torch.float32).contiguous() for k, v in state.items()}
-    return _write(path, tensors, header)
+    import torch
+
+    # Inference never reads batch norm's step counters.
+    state = {name: value for name, value in mixture.state_dict().items() if not name.endswith("num_batches_tracked")}
+    matrix = dtype or torch.bfloat16
+    return _write(path, {k: _stored(v.to(matrix if v.ndim > 1 else torch.float32)) for k, v in state.items()}, header)
 
 
 def replace_metrics(path: Path, metrics: dict[str, Any]) -> Header:
@@ -116,34 +138,36 @@ def replace_metrics(path: Path, metrics: dict[str, Any]) -> Header:
     return _write(path, _read_tensors(path), replace(read_header(path), metrics=metrics))
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> Header:
-    digest = weights_digest(tensors)
+def _write(path: Path, tensors: Mapping[str, StoredTensor], header: Header) -> Header:
     values = {
         "format_version": FORMAT_VERSION,
         "architecture": header.architecture.to_json(),
         "class_names": list(header.class_names),
         "top_k": header.top_k,
-        "weights_sha256": digest,
+        "weights_sha256": digest_of(tensors),
         "recipe": header.recipe,
         "data": header.data,
         "metrics": header.metrics,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
-    save_file(tensors, scratch, {METADATA_KEY: json.dumps(values)})
-    scratch.chmod(0o644)  # save_file leaves it to its owner alone; the service may run as somebody else
+    write_tensors(scratch, tensors, {METADATA_KEY: json.dumps(values)})
+    scratch.chmod(0o644)  # safetensors leaves it to its owner alone; the service may run as somebody else
     os.replace(scratch, path)
     return read_header(path)
 
 
-def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 over name, dtype, shape and little-endian bytes of every tensor, in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_of({name: _stored(tensor) for name, tensor in tensors.items()})
+
+
+def _stored(tensor: torch.Tensor) -> StoredTensor:
+    """Return a tensor as a checkpoint stores it; it shares the memory of one that is contiguous and on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return StoredTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -153,11 +177,6 @@ def resolve(name_or_path: str | Path) -> Path:
         known = ", ".join(EMBEDDED)
         raise CheckpointError(f"{path}: no such checkpoint file; give a path or one of the embedded names ({known})")
     return path
-
-
-def _stored_state(mixture: Mixture) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint stores: everything but batch norm's step counters, which inference never reads."""
-    return {name: value for name, value in mixture.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
 def _name_pickles(path: Path) -> None:
@@ -171,30 +190,34 @@ def _name_pickles(path: Path) -> None:
         raise CheckpointError(f"{path}: this is a pickle (torch.save), which is never loaded: export it as safetensors")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: tensors cannot be read ({error}): copy it again") from error
 
 
-def _check_tensors(path: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+def _checked_weights(
+    path: Path, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or unknown:
         raise CheckpointError(f"{path}: {_some('missing', missing)}{_some('unknown', unknown)}".rstrip("; "))
+    weights = {}
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            wanted = list(expected[name].shape)
-            raise CheckpointError(f"{path}: tensor '{name}' has shape {list(tensor.shape)}, but architecture needs {wanted}")
-        if tensor.dtype not in STORED_DTYPES:
+        if tensor.shape != shapes[name]:
+            has, wanted = list(tensor.shape), list(shapes[name])
+            raise CheckpointError(f"{path}: tensor '{name}' has shape {has}, but architecture needs {wanted}")
+        if tensor.dtype not in READABLE:
             raise CheckpointError(
                 f"{path}: tensor '{name}' has type {tensor.dtype}; only float32, bfloat16 and float16 are read"
             )
-        if not torch.isfinite(tensor).all():
+        weights[name] = values = tensor.float32()
+        if not np.isfinite(values).all():
             raise CheckpointError(f"{path}: tensor '{name}' holds NaN or infinity")
-        if name.endswith("running_var") and (tensor < 0).any():
+        if name.endswith("running_var") and (values < 0).any():
             raise CheckpointError(f"{path}: tensor '{name}' holds a negative variance")
+    return weights
 
 
 def _some(what: str, names: list[str]) -> str:

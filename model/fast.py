@@ -1,7 +1,9 @@
 """The mixture's fast execution, for serving: the same function as :mod:`model.mixture`, arranged for speed.
 
 Batch norms are folded into the convolutions, tensors are channels-last, experts run in bfloat16 where the hardware multiplies
-it natively, and only chosen experts run under ``top_k``. Tested against the reference within :data:`TOLERANCE`.
+it natively, and only chosen experts run under ``top_k``. Tested against the reference within :data:`TOLERANCE`. This loop over
+experts is the plain one; :mod:`model.fast_dense`, :mod:`model.fast_compiled`, :mod:`model.fast_package` and
+:mod:`model.fast_graphs` arrange the same folded weights for more speed where every expert runs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock
 
+from model.architecture import Architecture
 from model.mixture import Mixture, mix
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -44,22 +47,16 @@ class FastMixture:
     """
 
     def __init__(self, mixture: Mixture, dtype: torch.dtype | None = None) -> None:
-        if mixture.training:
-            raise ValueError("the mixture is in training mode: call eval() first")
         self.architecture = mixture.architecture
         self.top_k = mixture.top_k
         self.device = mixture.mean.device
-        self.dtype = dtype or fastest_dtype(self.device)
-        folded = fold_batch_norms(copy.deepcopy(mixture)).requires_grad_(False).to(memory_format=torch.channels_last)
-        self._mixture = folded
-        self._experts = [expert.to(self.dtype) for expert in folded.experts]
+        self._mixture, self.dtype = folded_copy(mixture, dtype)
+        self._experts = list(self._mixture.experts)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> Prediction:
         """Classify images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``, on any device; the answer is on the model's."""
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = images.float().div_(255)
+        images = as_unit(images, self.architecture, self.device)
         normalised = self._mixture.normalise(images).contiguous(memory_format=torch.channels_last)
         gate = self._mixture.gate(normalised).log_softmax(dim=1)  # (B, E)
         normalised = normalised.to(self.dtype)
@@ -78,6 +75,46 @@ class FastMixture:
                 logits[rows, slots] = expert(normalised[rows].contiguous(memory_format=torch.channels_last)).float()
         weights = torch.zeros_like(gate).scatter_(1, chosen, kept.exp())
         return Prediction(mix(kept, logits.log_softmax(dim=2)).exp_(), weights)
+
+
+def folded_copy(mixture: Mixture, dtype: torch.dtype | None = None) -> tuple[Mixture, torch.dtype]:
+    """Copy a mixture, fold its batch norms, lay it out channels-last and cast its experts.
+
+    Args:
+        mixture: The reference, in eval mode.
+        dtype: What the experts compute in; ``None`` chooses :func:`fastest_dtype`.
+
+    Returns:
+        The copy, without gradients, and the type of its experts.
+
+    Raises:
+        ValueError: The mixture is in training mode.
+    """
+    if mixture.training:
+        raise ValueError("the mixture is in training mode: call eval() first")
+    dtype = dtype or fastest_dtype(mixture.mean.device)
+    copied = fold_batch_norms(copy.deepcopy(mixture)).requires_grad_(False).to(memory_format=torch.channels_last)
+    copied.experts.to(dtype)
+    return copied, dtype
+
+
+def as_unit(images: torch.Tensor, architecture: Architecture, device: torch.device) -> torch.Tensor:
+    """Return images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``, as float32 in ``[0, 1]`` on a device, once checked."""
+    check_images(images, architecture)
+    images = images.to(device, non_blocking=True)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def check_images(images: torch.Tensor, architecture: Architecture) -> None:
+    """Raise ``ValueError`` unless images are ``(B, 3, H, W)``, uint8 or float32.
+
+    Compiled code does not look: it would read beyond the memory of smaller ones.
+    """
+    shape = (3, architecture.height, architecture.input_width)
+    if images.dim() != 4 or tuple(images.shape[1:]) != shape or len(images) == 0:
+        raise ValueError(f"images must be (B, 3, {shape[1]}, {shape[2]}) with B of 1 or more, not {tuple(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(f"images must be uint8, or float32 in [0, 1], not {images.dtype}")
 
 
 def fold_batch_norms(module: M) -> M:

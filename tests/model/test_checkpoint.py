@@ -16,7 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.architecture import Architecture
-from model.checkpoint import CheckpointError, Header, load_checkpoint, read_header, save_checkpoint, weights_digest
+from model.checkpoint import (
+    CheckpointError,
+    Header,
+    load_checkpoint,
+    read_header,
+    read_weights,
+    replace_metrics,
+    save_checkpoint,
+    weights_digest,
+)
 from model.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -82,6 +91,27 @@ def test_bfloat16_rounds_matrices_and_keeps_vectors(mixture: Mixture, tmp_path: 
             expected = value.bfloat16().float() if value.ndim > 1 else value
             assert torch.equal(loaded[name], expected), name
             assert loaded[name].dtype == torch.float32
+
+
+def test_the_weights_without_torch_are_those_of_the_module() -> None:
+    header, weights = read_weights("compact")
+    mixture = load_checkpoint("compact")
+    assert header == read_header("compact")
+    assert mixture.architecture == header.architecture
+    for name, value in mixture.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(torch.from_numpy(weights.pop(name)), value), name
+    assert not weights
+
+
+def test_replacing_the_metrics_leaves_every_tensor_as_it_is(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(good.read_bytes())
+    written = replace_metrics(path, {"accuracy": 7})
+    assert written == read_header(path) == replace(read_header(good), metrics={"accuracy": 7})
+    before, after = load_file(good), load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
 def test_a_loaded_mixture_only_infers_and_lets_gradients_reach_the_image(good: Path) -> None:
@@ -237,10 +267,11 @@ def test_an_unspoilt_copy_loads(good: Path, tmp_path: Path) -> None:
 def test_a_spoilt_checkpoint_is_refused_by_file_and_field(good: Path, tmp_path: Path, case: str) -> None:
     spoil, named = SPOILT[case]
     path = spoilt_copy(good, tmp_path / "spoilt.safetensors", spoil)
-    with pytest.raises(CheckpointError) as refusal:
-        load_checkpoint(path)
-    assert str(path) in str(refusal.value)
-    assert named in str(refusal.value).replace(str(path), "")
+    for read in (load_checkpoint, read_weights):
+        with pytest.raises(CheckpointError) as refusal:
+            read(path)
+        assert str(path) in str(refusal.value)
+        assert named in str(refusal.value).replace(str(path), "")
 
 
 # --- abuse: the file as a whole
@@ -272,10 +303,11 @@ def test_a_damaged_file_is_refused_by_name(good: Path, tmp_path: Path, case: str
     damage, named = FILES[case]
     path = tmp_path / "damaged.file"
     path.write_bytes(damage(good.read_bytes()))
-    with pytest.raises(CheckpointError) as refusal:
-        load_checkpoint(path)
-    assert str(path) in str(refusal.value)
-    assert named in str(refusal.value).replace(str(path), "")
+    for read in (load_checkpoint, read_weights):
+        with pytest.raises(CheckpointError) as refusal:
+            read(path)
+        assert str(path) in str(refusal.value)
+        assert named in str(refusal.value).replace(str(path), "")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +352,7 @@ PICKLES: dict[str, Callable[[object, Path], object]] = {
 def test_a_pickle_is_refused_and_never_run(bomb: Bomb, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "evil.pt"
     PICKLES[kind](bomb, path)
-    for read in (load_checkpoint, read_header):
+    for read in (load_checkpoint, read_weights, read_header):
         with pytest.raises(CheckpointError) as refusal:
             read(path)
         assert str(path) in str(refusal.value)

@@ -1,18 +1,44 @@
-"""The fast execution against the reference."""
+"""The fast executions against the reference."""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from model.fast import TOLERANCE, FastMixture
+from model.fast import TOLERANCE, FastMixture, fold_batch_norms
+from model.fast_compiled import CompiledMixture
+from model.fast_dense import DenseMixture, StackedExperts
+from model.fast_graphs import GraphedMixture
+from model.fast_package import PackagedMixture, export_package
 from model.mixture import Mixture
 
 DTYPES = [torch.float32, torch.bfloat16]
 KS = [None, 1, 2, 3]
+Make = Callable[[str, torch.dtype], Any]
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++ or $CXX)")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DENSE = [
+    *((name, dtype) for name in ("looped", "stacked", "stacked by two") for dtype in DTYPES),
+    pytest.param(("compiled", torch.float32), marks=needs_compiler),
+    pytest.param(("packaged", torch.bfloat16), marks=needs_compiler),
+    *(pytest.param((name, dtype), marks=needs_cuda) for name in ("graphed", "graphed by two") for dtype in DTYPES),
+]
+dense = pytest.mark.parametrize("fast", DENSE, ids=lambda case: f"{case[0]} {case[1]}", indirect=True)
+every = pytest.mark.parametrize(
+    "fast", [("loop", torch.float32), *DENSE], ids=lambda case: f"{case[0]} {case[1]}", indirect=True
+)
 
 
 def with_top_k(mixture: Mixture, k: int | None) -> Mixture:
@@ -21,25 +47,183 @@ def with_top_k(mixture: Mixture, k: int | None) -> Mixture:
     return changed
 
 
+@pytest.fixture(scope="module")
+def make(mixture: Mixture, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    """Make an execution of the mixture, each once: compiling takes seconds."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    @cache
+    def made(name: str, dtype: torch.dtype) -> Any:
+        if name == "loop":
+            return FastMixture(mixture, dtype)
+        if name == "looped":
+            return DenseMixture(mixture, dtype, stack=1)
+        if name.startswith("stacked"):
+            return DenseMixture(mixture, dtype, stack=2 if name.endswith("two") else None)
+        if name == "compiled":
+            return CompiledMixture(mixture, dtype)
+        if name == "packaged":
+            path = folder / f"{dtype}.pt2"
+            export_package(mixture, path, dtype)
+            return PackagedMixture(path)
+        on_device = copy.deepcopy(mixture).cuda()
+        return GraphedMixture(on_device, dtype, max_batch=6, stack=2 if name.endswith("two") else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "generated"))
+        yield made
+
+
+@pytest.fixture
+def fast(make: Make, request: pytest.FixtureRequest) -> Any:
+    return make(*request.param)
+
+
+def check_against(reference: Mixture, fast: Any, images: torch.Tensor, pixels: torch.Tensor) -> None:
+    """Compare on ragged batches of either input type."""
+    tolerance = TOLERANCE[fast.dtype]
+    with torch.no_grad():
+        expected = reference(images).exp()
+    largest, second = expected.topk(2, dim=1).values.unbind(dim=1)
+    clear = largest - second > 2 * tolerance
+    assert clear.sum() >= 10
+    for count in (7, 1, 33, 2):
+        for inputs in (images[:count], pixels[:count]):
+            got = fast.predict(inputs).probabilities.cpu()
+            assert got.shape == (count, 5)
+            assert got.dtype == torch.float32
+            assert (got - expected[:count]).abs().max() <= tolerance
+            assert torch.equal(got.argmax(dim=1)[clear[:count]], expected[:count].argmax(dim=1)[clear[:count]])
+
+
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fast_and_reference_agree_on_ragged_batches_of_either_input_type(
     mixture: Mixture, images: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, k: int | None
 ) -> None:
     reference = with_top_k(mixture, k)
-    fast, tolerance = FastMixture(reference, dtype), TOLERANCE[dtype]
+    check_against(reference, FastMixture(reference, dtype), images, pixels)
+
+
+@dense
+def test_dense_executions_agree_with_the_reference_likewise(
+    fast: Any, mixture: Mixture, images: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    check_against(mixture, fast, images, pixels)
+
+
+@dense
+def test_dense_executions_report_the_gate_of_every_expert(fast: Any, mixture: Mixture, images: torch.Tensor) -> None:
     with torch.no_grad():
-        expected = reference(images).exp()
-    largest, second = expected.topk(2, dim=1).values.unbind(dim=1)
-    clear = largest - second > 2 * tolerance
-    assert clear.sum() >= 10
-    for count in (1, 2, 7, 33):
-        for inputs in (images[:count], pixels[:count]):
-            got = fast.predict(inputs).probabilities
-            assert got.shape == (count, 5)
-            assert got.dtype == torch.float32
-            assert (got - expected[:count]).abs().max() <= tolerance
-            assert torch.equal(got.argmax(dim=1)[clear[:count]], expected[:count].argmax(dim=1)[clear[:count]])
+        expected = mixture.components(images)[0].exp()
+    torch.testing.assert_close(fast.predict(images).gate.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@every
+def test_memory_layout_does_not_matter(fast: Any, mixture: Mixture, images: torch.Tensor) -> None:
+    channels_last = images[:4].contiguous(memory_format=torch.channels_last)
+    for odd in (channels_last, channels_last[:1], images[::5], images[::5][:1], images.flip(3)[3:5].transpose(2, 3)):
+        with torch.no_grad():
+            expected = mixture(odd).exp()
+        assert (fast.predict(odd).probabilities.cpu() - expected).abs().max() <= TOLERANCE[fast.dtype]
+
+
+@every
+def test_images_that_do_not_fit_are_refused(fast: Any, images: torch.Tensor) -> None:
+    for wrong in (images[0], images[:0], images[:, :1], images[..., :8], images[:, :, :8]):
+        with pytest.raises(ValueError, match=r"must be \(B, 3, 16, 16\) with B of 1 or more, not \("):
+            fast.predict(wrong)
+    with pytest.raises(ValueError, match=r"must be uint8, or float32 in \[0, 1\], not torch.float64"):
+        fast.predict(images.double())
+
+
+@every
+def test_an_answer_is_not_overwritten_by_the_next(fast: Any, images: torch.Tensor) -> None:
+    first = fast.predict(images[:4])
+    kept = first.probabilities.clone(), first.gate.clone()
+    fast.predict(images[4:8])
+    assert torch.equal(first.probabilities, kept[0])
+    assert torch.equal(first.gate, kept[1])
+
+
+@needs_compiler
+def test_no_batch_waits_for_the_compiler(make: Make, images: torch.Tensor, pixels: torch.Tensor) -> None:
+    fast = make("compiled", torch.float32)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for count in (33, 1, 3, 2, 16):
+            fast.predict(images[:count])
+            fast.predict(pixels[:count])
+        fast.predict(images[::5][:1])
+        fast.predict(images[:3].contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "message"),
+    [
+        ("torch", "1.0", "made for torch 1.0, but this is torch 2"),
+        ("device", "cuda", "made for device cuda, but this is device cpu"),
+    ],
+)
+def test_a_package_made_for_something_else_is_not_run(tmp_path: Path, fact: str, value: str, message: str) -> None:
+    facts = {"architecture": "{}", "device": "cpu", "dtype": "float32", "torch": torch.__version__, fact: value}
+    path = tmp_path / "mixture.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mixture/data/aotinductor/model/it.wrapper_metadata.json", json.dumps(facts))
+    with pytest.raises(ValueError, match=rf"mixture.pt2: {message}.*export it anew"):
+        PackagedMixture(path)
+
+
+def test_a_package_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mixture/data/aotinductor/model/it.wrapper_metadata.json", '{"device": "cpu"}')
+    with pytest.raises(ValueError, match=r"mixture.pt2: .*doesn't note its architecture, dtype, torch"):
+        PackagedMixture(path)
+
+
+def test_a_package_must_be_called_one(mixture: Mixture, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mixture.so: the name of a package must end in .pt2"):
+        export_package(mixture, tmp_path / "mixture.so")
+
+
+def test_a_file_that_is_no_package_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.pt2"
+    with pytest.raises(ValueError, match=r"mixture.pt2: not a package of a mixture .*No such file"):
+        PackagedMixture(path)
+    path.write_bytes(b"PK" + bytes(200))
+    with pytest.raises(ValueError, match=r"mixture.pt2: not a package of a mixture"):
+        PackagedMixture(path)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("execution", [DenseMixture, CompiledMixture])
+def test_only_the_loop_skips_experts(mixture: Mixture, execution: Callable[[Mixture], object], k: int) -> None:
+    with pytest.raises(ValueError, match=rf"top_k={k} skips experts, which only the loop does"):
+        execution(with_top_k(mixture, k))
+
+
+def test_a_top_k_of_all_experts_is_dense(mixture: Mixture, images: torch.Tensor) -> None:
+    ours, theirs = (DenseMixture(with_top_k(mixture, k), torch.float32).predict(images) for k in (None, 3))
+    assert torch.equal(ours.probabilities, theirs.probabilities)
+
+
+@pytest.mark.parametrize("stack", [0, 4])
+def test_a_stack_of_more_or_fewer_experts_than_there_are_is_refused(mixture: Mixture, stack: int) -> None:
+    with pytest.raises(ValueError, match=f"stack must be from 1 to 3 .* not {stack}"):
+        DenseMixture(mixture, torch.float32, stack)
+
+
+def test_stacked_experts_give_every_experts_logits(mixture: Mixture, images: torch.Tensor) -> None:
+    folded = fold_batch_norms(copy.deepcopy(mixture))
+    with torch.no_grad():
+        expected = torch.stack([expert(images) for expert in mixture.experts], dim=1)
+        got = StackedExperts(list(folded.experts))(images)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_with_batch_norms_are_not_stacked(mixture: Mixture) -> None:
+    with pytest.raises(ValueError, match=r"after the expert's stem\.0 is not folded"):
+        StackedExperts(list(mixture.experts))
 
 
 @pytest.mark.parametrize("k", KS)
@@ -73,10 +257,13 @@ def test_only_chosen_experts_run(mixture: Mixture, images: torch.Tensor, k: int)
     assert sorted(images_seen) == [0] * (3 - k) + [1] * k
 
 
+@pytest.mark.parametrize("execution", [FastMixture, DenseMixture])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_reference_is_left_as_it_was(mixture: Mixture, images: torch.Tensor, dtype: torch.dtype) -> None:
+def test_the_reference_is_left_as_it_was(
+    mixture: Mixture, images: torch.Tensor, dtype: torch.dtype, execution: Callable[[Mixture, torch.dtype], Any]
+) -> None:
     reference = copy.deepcopy(mixture)
-    FastMixture(reference, dtype).predict(images)
+    execution(reference, dtype).predict(images)
     before, after = mixture.state_dict(), reference.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
@@ -84,17 +271,18 @@ def test_the_reference_is_left_as_it_was(mixture: Mixture, images: torch.Tensor,
     assert torch.equal(reference(images), mixture(images))
 
 
-def test_the_images_are_left_as_they_were(mixture: Mixture, pixels: torch.Tensor, images: torch.Tensor) -> None:
-    fast = FastMixture(mixture, torch.float32)
+@every
+def test_the_images_are_left_as_they_were(fast: Any, pixels: torch.Tensor, images: torch.Tensor) -> None:
     for inputs in (pixels, images):
         kept = inputs.clone()
         fast.predict(inputs)
         assert torch.equal(inputs, kept)
 
 
-def test_a_mixture_in_training_mode_is_refused(mixture: Mixture) -> None:
+@pytest.mark.parametrize("execution", [FastMixture, DenseMixture])
+def test_a_mixture_in_training_mode_is_refused(mixture: Mixture, execution: Callable[[Mixture], object]) -> None:
     with pytest.raises(ValueError, match="training mode"):
-        FastMixture(copy.deepcopy(mixture).train())
+        execution(copy.deepcopy(mixture).train())
 
 
 def test_the_type_chosen_by_default_keeps_its_tolerance(mixture: Mixture, images: torch.Tensor) -> None:
@@ -104,7 +292,10 @@ def test_the_type_chosen_by_default_keeps_its_tolerance(mixture: Mixture, images
     assert (fast.predict(images).probabilities - expected).abs().max() <= TOLERANCE[fast.dtype]
 
 
-def test_a_smooth_activation_survives_folding(mixture: Mixture, images: torch.Tensor) -> None:
+@pytest.mark.parametrize("execution", [FastMixture, DenseMixture])
+def test_a_smooth_activation_survives_folding(
+    mixture: Mixture, images: torch.Tensor, execution: Callable[[Mixture, torch.dtype], Any]
+) -> None:
     torch.manual_seed(2)
     smooth = Mixture(replace(mixture.architecture, activation="silu"))
     smooth.load_state_dict(mixture.state_dict())
@@ -112,4 +303,5 @@ def test_a_smooth_activation_survives_folding(mixture: Mixture, images: torch.Te
     with torch.no_grad():
         expected = smooth(images).exp()
         assert (expected - mixture(images).exp()).abs().max() > 0.1  # the same weights, another network
-    assert (FastMixture(smooth, torch.float32).predict(images).probabilities - expected).abs().max() <= TOLERANCE[torch.float32]
+    got = execution(smooth, torch.float32).predict(images).probabilities
+    assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
