@@ -45,6 +45,16 @@ def bad_input(detail: str) -> Problem:
     return Problem(400, detail, "bad-input")
 
 
+def unauthorized(detail: str) -> Problem:
+    """Return a 401: no API key, or none that is known."""
+    return Problem(401, detail, "unauthorized", {"WWW-Authenticate": 'Bearer realm="palisade"'})
+
+
+def forbidden(detail: str) -> Problem:
+    """Return a 403: a known caller may not do this."""
+    return Problem(403, detail, "forbidden")
+
+
 def body_too_slow(seconds: float) -> Problem:
     """Return a 408: the body did not arrive in time; the rest of it is not read."""
     return Problem(408, f"the request body did not arrive within {seconds:g} s", "body-too-slow", {"Connection": "close"})
@@ -90,6 +100,11 @@ def internal(request_id: str) -> Problem:
 def engine_failed() -> Problem:
     """Return a 503: the engine failed on this batch; its log says why."""
     return Problem(503, "the model failed on this batch; send the request again", "engine-failed", {"Retry-After": "1"})
+
+
+def engine_down() -> Problem:
+    """Return a 503: the engine is being started again."""
+    return Problem(503, "the model is being loaded again; try again", "engine-down", {"Retry-After": "1"})
 
 
 def deadline_passed() -> Problem:
