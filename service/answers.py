@@ -16,10 +16,13 @@ class AnswerCache:
 
     Args:
         capacity: Images; the one that was used longest ago is dropped. 0 keeps nothing.
+
+    Attributes:
+        capacity: As given.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -34,14 +37,14 @@ class AnswerCache:
 
     def keep(self, key: bytes, row: np.ndarray) -> np.ndarray:
         """Return the probabilities to answer with: those kept first when two callers computed the same image at once."""
-        if self._capacity == 0:
+        if self.capacity == 0:
             return row
         row = self._rows.setdefault(key, row)
-        if len(self._rows) > self._capacity:
+        if len(self._rows) > self.capacity:
             self._rows.popitem(last=False)
         return row
 
 
 def digest(image: np.ndarray) -> bytes:
-    """Return the key of a decoded and resized image ``(3, H, W)`` uint8."""
-    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    """Return the key of a decoded and resized image ``(3, H, W)``, uint8 or float32."""
+    return hashlib.sha256(np.ascontiguousarray(image).data).digest()  # of 3 H W bytes or of four times as many: never the same

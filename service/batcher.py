@@ -1,14 +1,16 @@
 """The batcher: joins the images of many requests into batches for one engine, and takes the answers apart again.
 
-Knows nothing of torch or HTTP: an engine is any coroutine function from images to probabilities.
+Knows nothing of torch or HTTP: an engine is anything that turns images into probabilities.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,11 +18,38 @@ import numpy as np
 
 from service.problems import Problem, deadline_passed, draining, engine_failed, overloaded
 
-Engine = Callable[[np.ndarray], Awaitable[np.ndarray]]
+RATE_WINDOWS = 10
+"""The arrival rate is averaged over this many delay windows."""
+
+
+FEW = 2
+"""Up to this many images a lane, a batch is sooner done with the whole device to itself than spread over lanes."""
+
+
+class Engine(Protocol):
+    """What runs the batches."""
+
+    @property
+    def lanes(self) -> int:
+        """How many batches may run at a time, each with its share of the device."""
+        ...
+
+    async def up(self) -> None:
+        """Return when the engine can take a batch; one that died is being restarted."""
+        ...
+
+    async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
+        """Return probabilities ``(B, C)`` for images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``.
+
+        Args:
+            images: The batch.
+            alone: No other batch runs until this one is done: it may have the whole device.
+        """
+        ...
 
 
 class Clock(Protocol):
-    """What the batcher needs of time; an asyncio event loop has it."""
+    """What the batcher needs of time."""
 
     def time(self) -> float:
         """Return monotonic seconds."""
@@ -29,6 +58,18 @@ class Clock(Protocol):
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle:
         """Call ``callback(*args)`` at ``when``."""
         ...
+
+
+class LoopClock:
+    """The clock of whatever event loop runs."""
+
+    def time(self) -> float:
+        """Return monotonic seconds, the same in every process of a machine."""
+        return time.monotonic()
+
+    def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle:
+        """Call ``callback(*args)`` at ``when``."""
+        return asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), callback, *args)
 
 
 class Observer(Protocol):
@@ -42,6 +83,10 @@ class Observer(Protocol):
         """A batch of ``images`` went to the engine."""
         ...
 
+    def queue_changed(self, images: int) -> None:
+        """``images`` queue places are held now."""
+        ...
+
 
 @dataclass
 class Places:
@@ -52,7 +97,7 @@ class Places:
 
 @dataclass(eq=False)
 class _Request:
-    images: np.ndarray  # (N, 3, H, W) uint8
+    images: np.ndarray  # (N, 3, H, W) uint8, or float32 in [0, 1]
     places: Places
     answer: asyncio.Future[np.ndarray]
     enqueued: float
@@ -65,16 +110,18 @@ class _Request:
 class Batcher:
     """One queue in front of one engine.
 
-    An idle engine starts at once. A batch that follows another closely stays open for ``max_queue_delay_s`` after the engine
-    became free, or until it is full, whatever arrives in between: callers who were just answered tend to come back together.
+    An idle engine starts at once, and while it is busy the next batch forms. A batch that follows another closely stays open
+    for ``max_queue_delay_s`` after the engine became free, or until it is full, but only while images arrive so fast that this
+    is likely to double it: below that load a window costs every caller its length and gains nothing.
 
     Args:
-        engine: Images ``(B, 3, H, W)`` uint8 to probabilities ``(B, C)``; only one call runs at a time.
+        engine: Runs the batches; as many at a time as it has lanes. A batch that comes to an idle engine with few images runs
+            alone, which is soonest done; with many, it is spread over the lanes, and each lane goes on by itself.
         max_batch_size: Most images of a batch; larger requests are split.
-        max_queue_delay_s: Length of the delay window.
+        max_queue_delay_s: Longest delay window.
         max_queue_images: Queue places.
-        observer: Told of waits and batches.
-        clock: Time; the running event loop by default.
+        observer: Told of waits, batches and the queue.
+        clock: Time.
     """
 
     def __init__(
@@ -91,15 +138,21 @@ class Batcher:
         self._delay = max_queue_delay_s
         self._max_queue = max_queue_images
         self._observer = observer
-        self._clock: Clock = clock or asyncio.get_running_loop()
+        self._clock: Clock = clock or LoopClock()
         self._queue: deque[_Request] = deque()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
+        self._lane_free = asyncio.Event()
+        self._lane_free.set()
+        self._running: set[asyncio.Task[None]] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._places_held = 0
+        self._waiting = 0  # images in the queue
         self._unanswered = 0
         self._free_since = float("-inf")
+        self._rate = 0.0  # images/s, as of the last arrival
+        self._last_arrival = self._clock.time()
         self._draining = False
 
     @property
@@ -119,13 +172,14 @@ class Batcher:
             raise Problem(413, f"{images} images in one request; the queue holds {self._max_queue}", "too-large")
         if self._places_held + images > self._max_queue:
             raise overloaded(f"{self._places_held} images are waiting and the queue holds {self._max_queue}; try again")
-        self._places_held += images
+        self._hold(images)
         return Places(images)
 
     def release(self, places: Places) -> None:
         """Give places back; a second time does nothing."""
-        self._places_held -= places.images
-        places.images = 0
+        if places.images:
+            self._hold(-places.images)
+            places.images = 0
 
     async def submit(self, images: np.ndarray, places: Places, deadline: float) -> np.ndarray:
         """Return the probabilities ``(N, C)`` of ``images`` ``(N, 3, H, W)``, in order.
@@ -133,7 +187,7 @@ class Batcher:
         Cancelling the caller drops what has not entered a batch yet and leaves everybody else alone.
 
         Args:
-            images: uint8, validated.
+            images: uint8, or float32 in ``[0, 1]``; validated.
             places: From :meth:`reserve`, for as many images.
             deadline: The clock's time after which a request that is still waiting fails.
 
@@ -147,10 +201,13 @@ class Batcher:
         request = _Request(images, places, asyncio.get_running_loop().create_future(), now, missing=len(images))
         request.timer = self._clock.call_at(deadline, self._expire, request)
         self._queue.append(request)
+        self._waiting += len(images)
+        self._rate = self._rate_at(now) + len(images) / (RATE_WINDOWS * self._delay) if self._delay else 0.0
+        self._last_arrival = now
         self._unanswered += 1
         self._quiet.clear()
         self._arrived.set()
-        if self._places_held >= self._max_batch and self._waiting_images() >= self._max_batch:
+        if self._waiting >= self._max_batch:
             self._full.set()
         try:
             return await request.answer
@@ -163,13 +220,16 @@ class Batcher:
 
     async def run(self) -> None:
         """Form batches and run them, for ever; cancel the task to stop."""
-        while True:
-            await self._arrived.wait()
-            await self._hold_open()
-            batch = self._take_batch()
-            if batch:
-                await self._run_batch(batch)
-                self._free_since = self._clock.time()
+        try:
+            while True:
+                await self._arrived.wait()
+                await self._lane_free.wait()
+                await self._engine.up()
+                await self._hold_open()
+                self._start_batch()
+        finally:
+            for task in self._running:
+                task.cancel()
 
     async def drain(self) -> None:
         """Refuse new requests and return when every accepted one has its answer."""
@@ -177,9 +237,9 @@ class Batcher:
         await self._quiet.wait()
 
     async def _hold_open(self) -> None:
-        """Wait out the delay window unless the engine was idle for longer or the batch is full."""
-        closes = self._free_since + self._delay
-        if self._clock.time() >= closes or self._waiting_images() >= self._max_batch:
+        """Wait out the delay window if it is likely to double the batch."""
+        now, closes = self._clock.time(), self._free_since + self._delay
+        if now >= closes or self._waiting >= min(self._max_batch, self._rate_at(now) * self._delay):
             return
         self._full.clear()
         timer = self._clock.call_at(closes, self._full.set)
@@ -188,10 +248,29 @@ class Batcher:
         finally:
             timer.cancel()
 
-    def _take_batch(self) -> list[tuple[_Request, int, int]]:
-        """Take slices ``(request, start, stop)`` from the queue's head, one batch at most."""
+    def _start_batch(self) -> None:
+        """Run what waits, or a lane's share of it if no lane is busy; a free lane is certain."""
+        lanes = self._engine.lanes
+        idle = not self._running
+        alone = lanes == 1 or (idle and self._waiting <= FEW * lanes)
+        room = self._max_batch if alone or not idle else min(self._max_batch, -(-self._waiting // lanes))
+        batch = self._take_batch(room)
+        if not batch:
+            return
+        task = asyncio.create_task(self._run_batch(batch, alone))
+        self._running.add(task)
+        task.add_done_callback(self._batch_over)
+        if alone or len(self._running) == lanes:
+            self._lane_free.clear()
+
+    def _batch_over(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._free_since = self._clock.time()
+        self._lane_free.set()
+
+    def _take_batch(self, room: int) -> list[tuple[_Request, int, int]]:
+        """Take slices ``(request, start, stop)`` from the queue's head, ``room`` images at most."""
         batch: list[tuple[_Request, int, int]] = []
-        room = self._max_batch
         now = self._clock.time()
         while self._queue and room:
             request = self._queue[0]
@@ -204,7 +283,8 @@ class Batcher:
             batch.append((request, start, stop))
             request.taken = stop
             room -= stop - start
-            self._places_held -= stop - start
+            self._waiting -= stop - start
+            self._hold(start - stop)
             request.places.images -= stop - start
             if stop == len(request.images):
                 self._queue.popleft()
@@ -212,11 +292,11 @@ class Batcher:
             self._arrived.clear()
         return batch
 
-    async def _run_batch(self, batch: list[tuple[_Request, int, int]]) -> None:
+    async def _run_batch(self, batch: list[tuple[_Request, int, int]], alone: bool) -> None:
         try:
-            images = np.concatenate([request.images[start:stop] for request, start, stop in batch])  # (B, 3, H, W)
+            images = _join([request.images[start:stop] for request, start, stop in batch])  # (B, 3, H, W)
             self._observer.batch_formed(len(images))
-            rows = await self._engine(images)  # (B, C)
+            rows = await self._engine.classify(images, alone)  # (B, C)
             if len(rows) != len(images):
                 raise RuntimeError(f"the engine answered {len(rows)} rows to {len(images)} images")
         except Exception:  # the engine logs its own failures; every caller of this batch gets an answer
@@ -246,8 +326,25 @@ class Batcher:
         if request.taken < len(request.images):
             with contextlib.suppress(ValueError):
                 self._queue.remove(request)
+                self._waiting -= len(request.images) - request.taken
             if not self._queue:
                 self._arrived.clear()
 
-    def _waiting_images(self) -> int:
-        return sum(len(request.images) - request.taken for request in self._queue)
+    def _hold(self, images: int) -> None:
+        self._places_held += images
+        self._observer.queue_changed(self._places_held)
+
+    def _rate_at(self, now: float) -> float:
+        """Return how many images a second arrive, those of long ago counting less and less."""
+        if not self._delay:
+            return 0.0
+        return self._rate * math.exp((self._last_arrival - now) / (RATE_WINDOWS * self._delay))
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """Return one array of parts that are uint8, or float32 in ``[0, 1]`` as soon as one of them is."""
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.astype(np.float32) / 255 if part.dtype == np.uint8 else part for part in parts]
+    return np.concatenate(parts)

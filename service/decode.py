@@ -15,6 +15,12 @@ from service.problems import Problem, bad_input, deadline_passed, too_large, unp
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+SMALL_BYTES = 16_384
+SMALL_SIDE = 128
+"""A PNG within both decodes in less time than handing it to another thread takes (benchmarks/decoding.py)."""
+
 MAX_SIDE = 65_535
 """Pixels; resizing a thin image needs memory in proportion to its longest side."""
 
@@ -104,6 +110,16 @@ class Decoder:
         frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
         if frames > 1:
             raise unprocessable(f"the image is animated ({frames} frames); send one frame")
+
+
+def is_small_png(data: bytes) -> bool:
+    """Tell from its first bytes whether an image is a PNG that costs next to nothing to decode."""
+    if len(data) > SMALL_BYTES or data[:16] != PNG_START or len(data) < 24:
+        return False
+    width: int
+    height: int
+    width, height = struct.unpack_from(">II", data, 16)
+    return max(width, height) <= SMALL_SIDE
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The engine: the one file of the service that runs torch, on one thread of its own."""
+"""The engine: loads a checkpoint and runs batches, on threads of its own."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-import torch
 
-from model.checkpoint import load_checkpoint, read_header
-from model.fast import FastMixture
-from model.mixture import check_top_k
+from model.execution import FastPath, load_fast_path
 from service.metrics import Metrics
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class Engine:
     """Loads a checkpoint, warms it up and classifies batches.
 
-    Loading, warm-up and every batch happen on one thread: torch keeps a team of worker threads for each thread that
-    computes, and two teams on the same cores slow each other down several times.
+    With one lane, loading, warm-up and every batch happen on one thread: torch keeps a team of worker threads for each thread
+    that computes, and two teams on the same cores slow each other down several times.
 
     Args:
         settings: Which checkpoint, device, precision and number of threads.
@@ -34,68 +30,63 @@ class Engine:
     Raises:
         CheckpointError: The checkpoint cannot be used.
         ValueError: A setting does not fit this machine or checkpoint.
+
+    Attributes:
+        header: The checkpoint's.
+        lanes: How many batches may run at a time.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.header = read_header(settings.checkpoint)
-        self.version = self.header.weights_sha256[:12]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         try:
-            self._mixture = self._thread.submit(self._load, settings).result()
+            self._fast_path = self._threads.submit(load, settings, metrics).result()
         except BaseException:
             self.close()
             raise
-        metrics.model_info.labels(
-            version=self.version, precision=str(self._mixture.dtype).removeprefix("torch."), device=str(self._mixture.device)
-        ).set(1)
+        self.header, self.lanes = self._fast_path.header, self._fast_path.lanes
+        if self.lanes > 1:
+            self.close()
+            self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="engine")
 
-    async def classify(self, images: np.ndarray) -> np.ndarray:
-        """Return probabilities ``(B, C)`` float32 for images ``(B, 3, H, W)`` uint8."""
+    async def up(self) -> None:
+        """Return at once: this engine lives as long as the process."""
+
+    async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
+        """Return probabilities ``(B, C)`` float32 for images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, self._predict, images)
+            return await loop.run_in_executor(self._threads, predict, self._fast_path, images, alone, self._metrics)
         except Exception:
             log.exception("the engine failed on a batch of %d images", len(images))
             raise
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._thread.shutdown()
-
-    def _load(self, settings: Settings) -> FastMixture:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        device = choose_device(settings.device)
-        mixture = load_checkpoint(settings.checkpoint, device)
-        if settings.top_k:
-            mixture.top_k = check_top_k(settings.top_k, mixture.architecture.num_experts)
-        fast = FastMixture(mixture, DTYPES[settings.precision])
-        shape = (3, self.header.architecture.height, self.header.architecture.input_width)
-        started = time.perf_counter()
-        for size in {1, settings.max_batch_size}:
-            fast.predict(torch.zeros(size, *shape, dtype=torch.uint8))
-        log.info("engine ready: %s on %s, warm after %.2f s", fast.dtype, device, time.perf_counter() - started)
-        return fast
-
-    def _predict(self, images: np.ndarray) -> np.ndarray:
-        started = time.perf_counter()
-        prediction = self._mixture.predict(torch.from_numpy(images))
-        probabilities: np.ndarray = prediction.probabilities.cpu().numpy()
-        self._metrics.batch_done(time.perf_counter() - started, prediction.gate.cpu().numpy())
-        return probabilities
+        """Stop the threads."""
+        self._threads.shutdown()
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that a setting means; raises ``ValueError`` when this machine lacks it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"PALISADE_DEVICE={name}: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"PALISADE_DEVICE={name}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"PALISADE_DEVICE={name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+def load(settings: Settings, metrics: Metrics) -> FastPath:
+    """Return a checkpoint's fast path, warm."""
+    fast_path = load_fast_path(
+        settings.checkpoint,
+        settings.device,
+        settings.precision,
+        settings.top_k or None,
+        settings.threads,
+        settings.max_batch_size,
+        Path(settings.tuning_dir) if settings.tuning_dir else None,
+    )
+    started = time.perf_counter()
+    fast_path.warm_up()
+    log.info("engine: %s on %s, warm after %.2f s", fast_path.description, fast_path.device, time.perf_counter() - started)
+    metrics.model_info.labels(version=fast_path.version, precision=fast_path.precision, device=fast_path.device).set(1)
+    return fast_path
+
+
+def predict(fast_path: FastPath, images: np.ndarray, alone: bool, metrics: Metrics) -> np.ndarray:
+    """Run one batch, with all cores if it is alone, and count it."""
+    started = time.perf_counter()
+    prediction = fast_path.predict(images, alone)
+    metrics.batch_done(time.perf_counter() - started, prediction.gate)
+    return prediction.probabilities

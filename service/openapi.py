@@ -85,6 +85,9 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 DESCRIPTIONS = {
     400: "The body is not what its type says, or an image is damaged.",
+    401: "An API key is needed, or this one is not known.",
+    403: "The API key is expired or revoked, or the policy does not allow this.",
+    404: "No such model or version.",
     408: "The body did not arrive in time.",
     413: "Too many bytes, pixels or images.",
     415: "A body or image format that is not taken.",
@@ -133,13 +136,31 @@ READYZ: dict[str, Any] = {
 MODEL: dict[str, Any] = {
     "summary": "The model, your policy and your quota",
     "response_model": ModelView,
-    "responses": _problems(503),
+    "responses": _problems(400, 401, 403, 503),
 }
 CLASSIFY: dict[str, Any] = {
     "summary": "Classify one or many images",
     "responses": {
         200: {"model": Answer},
-        **_problems(400, 408, 413, 415, 422, 429, 503, 504),
+        **_problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
     },
     "openapi_extra": {"requestBody": BODY},
 }
+
+
+def v2(method: str, path: str) -> dict[str, Any]:
+    """Return what OpenAPI says of a route of the Open Inference Protocol, whose own document has the details."""
+    statuses = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504) if method == "POST" else (400, 401, 403, 404, 503)
+    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+    problems = {
+        status: {"description": DESCRIPTIONS[status], "content": {"application/json": {"schema": error}}} for status in statuses
+    }
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in ("model", "version")
+        if f"{{{name}}}" in path
+    ]
+    described: dict[str, Any] = {"parameters": parameters}
+    if method == "POST":
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {"responses": problems, "openapi_extra": described, "tags": ["Open Inference Protocol"]}

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -75,12 +75,12 @@ class SharedEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.header: Header = engine.header
-        self.version: str = engine.version
+        self.lanes = engine.lanes
 
-    async def classify(self, images: np.ndarray) -> np.ndarray:
-        return await self._engine.classify(images)
+    async def up(self) -> None: ...
 
-    def close(self) -> None: ...
+    async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
+        return await self._engine.classify(images, alone)
 
 
 @pytest.fixture(scope="session")
@@ -118,9 +118,11 @@ class InProcess:
 async def serve_in_process(engine: SharedEngine, **settings: Any) -> AsyncIterator[InProcess]:
     """Run the real service in this process; quotas are off unless asked for."""
     from service.app import Service
+    from service.scheduler import Scheduler
 
     metrics = Metrics()
-    service = Service(Settings(**{"limits": "off", **settings}), cast("Engine", engine), metrics)
+    chosen = Settings(**{"limits": "off", **settings})
+    service = Service(chosen, engine.header, Scheduler(chosen, engine, metrics), metrics)
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     lifespan = asyncio.create_task(service.asgi({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
@@ -148,7 +150,7 @@ class RunningServer:
 
     def __enter__(self) -> RunningServer:
         try:
-            self.port = int(self._wait_for_line(r"Uvicorn running on http://127\.0\.0\.1:([0-9]+)"))
+            self.port = int(self._wait_for_line(r"(?:Uvicorn running|listening) on http://127\.0\.0\.1:([0-9]+)"))
             self.url = f"http://127.0.0.1:{self.port}"
             self._metrics_port = self._wait_for_line(r"metrics on http://127\.0\.0\.1:([0-9]+)")
             eventually(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, "ready")

@@ -60,13 +60,22 @@ async def settle() -> None:
 class FakeEngine:
     """Answers every image with its own first pixel, when the test lets it."""
 
-    def __init__(self, automatic: bool = True) -> None:
+    def __init__(self, automatic: bool = True, lanes: int = 1) -> None:
+        self.lanes = lanes
         self.batches: list[list[int]] = []
+        self.alone: list[bool] = []
         self.fail_next = False
+        self.forgetful = False
+        self.running = asyncio.Event()
+        self.running.set()
         self._automatic = automatic
         self._go = asyncio.Semaphore(0)
 
-    async def __call__(self, images: np.ndarray) -> np.ndarray:
+    async def up(self) -> None:
+        await self.running.wait()
+
+    async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
+        self.alone.append(alone)
         self.batches.append(images[:, 0, 0, 0].tolist())
         if not self._automatic:
             await self._go.acquire()
@@ -74,7 +83,8 @@ class FakeEngine:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("out of memory")
-        return np.stack([images[:, 0, 0, 0], images[:, 0, 0, 0] + 1], axis=1).astype(np.float32)
+        answers = np.stack([images[:, 0, 0, 0], images[:, 0, 0, 0] + 1], axis=1).astype(np.float32)
+        return answers[:-1] if self.forgetful else answers
 
     async def finish(self) -> None:
         self._go.release()
@@ -86,12 +96,16 @@ class NoObserver:
 
     def batch_formed(self, images: int) -> None: ...
 
+    def queue_changed(self, images: int) -> None: ...
+
 
 class Bench:
     """A batcher with its fakes, running."""
 
-    def __init__(self, *, batch: int = 4, delay: float = 0.0, queue: int = 1000, automatic: bool = True) -> None:
-        self.clock, self.engine = FakeClock(), FakeEngine(automatic)
+    def __init__(
+        self, *, batch: int = 4, delay: float = 0.0, queue: int = 1000, automatic: bool = True, lanes: int = 1
+    ) -> None:
+        self.clock, self.engine = FakeClock(), FakeEngine(automatic, lanes)
         self.batcher = Batcher(self.engine, batch, delay, queue, NoObserver(), self.clock)
         self.runner: asyncio.Task[None] | None = None
 
@@ -142,26 +156,75 @@ async def test_a_large_request_is_split_and_rejoined_in_order() -> None:
         assert [len(batch) for batch in bench.engine.batches] == [4, 4, 3]
 
 
-async def test_the_delay_window_is_not_shortened_by_arrivals() -> None:
+async def under_load(bench: Bench, images: int) -> None:
+    """Answer ``images`` images that arrive in one moment, so that many more are to be expected."""
+    await bench.send(*range(images))
+    bench.engine.batches.clear()
+
+
+async def test_under_load_a_batch_stays_open_for_the_window_after_the_one_before() -> None:
     async with Bench(batch=8, delay=1.0) as bench:
-        await bench.send(0)
-        for value in (1, 2, 3):  # right after a batch: the window is open
+        await under_load(bench, 80)  # 8 a window
+        for value in (1, 2, 3):
             bench.send(value)
             await bench.clock.advance(0.3)
-            assert bench.engine.batches == [[0]]
+            assert bench.engine.batches == []
         await bench.clock.advance(0.2)
-        assert bench.engine.batches == [[0], [1, 2, 3]]
+        assert bench.engine.batches == [[1, 2, 3]]
 
 
 async def test_a_full_batch_does_not_wait_for_the_delay_window() -> None:
     async with Bench(batch=3, delay=1.0) as bench:
-        await bench.send(0)
+        await under_load(bench, 81)
         bench.send(1, 2)
         await settle()
-        assert bench.engine.batches == [[0]]
+        assert bench.engine.batches == []
         bench.send(3)
         await settle()
-        assert bench.engine.batches == [[0], [1, 2, 3]]
+        assert bench.engine.batches == [[1, 2, 3]]
+
+
+async def test_a_window_that_would_not_double_the_batch_is_not_waited_out() -> None:
+    async with Bench(batch=8, delay=1.0) as bench:
+        await under_load(bench, 40)  # 4 a window
+        bench.send(*range(5))
+        await settle()
+        assert bench.engine.batches == [[0, 1, 2, 3, 4]]
+        await bench.clock.advance(60.0)  # the load is over
+        bench.engine.batches.clear()
+        for value in (1, 2, 3):  # one at a time, each right after the answer to the one before
+            await bench.send(value)
+        assert bench.engine.batches == [[1], [2], [3]]
+
+
+async def test_images_wait_in_the_queue_while_the_engine_is_down_and_keep_their_deadlines() -> None:
+    async with Bench() as bench:
+        bench.engine.running.clear()
+        patient, hasty = bench.send(1), bench.send(2, timeout=1.0)
+        await bench.clock.advance(2.0)
+        with pytest.raises(Problem) as late:
+            await hasty
+        assert late.value.status == 504
+        bench.engine.running.set()
+        assert values(await patient) == [1]
+        assert bench.engine.batches == [[1]]
+
+
+async def test_a_batch_of_both_kinds_of_pixels_is_brought_to_one_scale() -> None:
+    async with Bench(automatic=False) as bench:
+        first = bench.send(0)
+        await settle()
+        grey = np.full((1, 3, 2, 2), 0.5, np.float32)
+        bright = np.full((1, 3, 2, 2), 51, np.uint8)
+        tasks = [
+            asyncio.create_task(bench.batcher.submit(images, bench.batcher.reserve(1), 100.0)) for images in (bright, grey)
+        ]
+        await settle()
+        await bench.engine.finish()
+        await bench.engine.finish()
+        await first
+        assert bench.engine.batches[1] == pytest.approx([0.2, 0.5])
+        assert [float((await task)[0, 0]) for task in tasks] == pytest.approx([0.2, 0.5])
 
 
 async def test_an_engine_idle_for_longer_than_the_window_starts_at_once() -> None:
@@ -274,16 +337,11 @@ async def test_a_failing_engine_fails_its_batch_only() -> None:
 
 async def test_an_engine_that_answers_too_little_fails_its_batch_and_not_the_loop() -> None:
     async with Bench() as bench:
-        honest = bench.engine.__call__
-
-        async def forgetful(images: np.ndarray) -> np.ndarray:
-            return (await honest(images))[:-1]
-
-        bench.batcher._engine = forgetful
+        bench.engine.forgetful = True
         with pytest.raises(Problem) as refusal:
             await bench.send(1, 2)
         assert refusal.value.status == 503
-        bench.batcher._engine = honest
+        bench.engine.forgetful = False
         assert values(await bench.send(3)) == [3]
 
 

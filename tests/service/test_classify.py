@@ -395,7 +395,7 @@ async def test_a_request_that_fails_costs_nothing(engine: SharedEngine, bad: byt
 
 async def test_a_request_that_the_engine_fails_is_a_503_that_costs_nothing(engine: SharedEngine) -> None:
     class Failing(SharedEngine):
-        async def classify(self, images: np.ndarray) -> np.ndarray:
+        async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
             raise RuntimeError("out of memory")
 
     settings = {"limits": "on", "tier_anonymous_limits": "5/day"}
@@ -442,7 +442,7 @@ async def test_sending_an_image_again_does_not_average_rounding_away(
 
         batches = 0
 
-        async def classify(self, images: np.ndarray) -> np.ndarray:
+        async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
             self.batches += 1
             return np.roll(np.linspace(0, 0.2, 10, dtype=np.float32), self.batches)[None].repeat(len(images), axis=0)
 
@@ -463,10 +463,10 @@ class HeldEngine(SharedEngine):
         self.let_go = asyncio.Event()
         self.batches = 0
 
-    async def classify(self, images: np.ndarray) -> np.ndarray:
+    async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
         self.batches += 1
         await self.let_go.wait()
-        return await super().classify(images)
+        return await super().classify(images, alone)
 
 
 async def test_a_full_queue_is_a_503_at_once_and_the_accepted_are_answered(engine: SharedEngine) -> None:

@@ -184,3 +184,18 @@ import service.cli
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
+
+
+def test_neither_a_front_end_nor_the_engine_on_a_processor_loads_torch() -> None:
+    program = """
+import sys, numpy as np
+import service.coordinator, service.frontend
+from service.engine import load, predict
+from service.metrics import Metrics
+from service.settings import Settings
+fast_path = load(Settings(device="cpu", max_batch_size=1), Metrics())
+assert predict(fast_path, np.zeros((1, 3, 32, 32), np.uint8), True, Metrics()).shape == (1, 10)
+assert "torch" not in sys.modules, "torch costs seconds and hundreds of megabytes"
+"""
+    pytest.importorskip("openvino")
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import orjson
@@ -12,9 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.classify import predictions_of
 from service.policy import Policy
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
+
+
+def answer(policy: Policy, exact: np.ndarray) -> list[dict[str, Any]]:
+    return predictions_of(policy.protect(exact), LABELS)
 
 
 @st.composite
@@ -34,8 +40,8 @@ def probability_rows(draw: st.DrawFn) -> np.ndarray:
 @settings(max_examples=400, deadline=None)
 def test_every_answer_is_coarse_ordered_and_true_to_the_exact_label(exact: np.ndarray, decimals: int, top_n: int) -> None:
     policy = Policy("anonymous", decimals, top_n)
-    text = orjson.dumps(policy.protect(exact, LABELS))
-    assert text == orjson.dumps(policy.protect(exact.copy(), LABELS)), "the same row gave two answers"
+    text = orjson.dumps(answer(policy, exact))
+    assert text == orjson.dumps(answer(policy, exact.copy())), "the same row gave two answers"
     predictions = json.loads(text, parse_float=Decimal)
     assert len(predictions) == len(exact)
     step = Decimal(1).scaleb(-decimals)
@@ -58,23 +64,30 @@ def test_the_order_of_scores_does_not_tell_ties_apart() -> None:
     finer = np.array([[0.5, 0.10, 0.11, 0.09, 0.12, 0.08]], np.float32)
     coarser = np.array([[0.5, 0.12, 0.08, 0.11, 0.09, 0.10]], np.float32)
     policy = Policy("anonymous", 1)
-    assert orjson.dumps(policy.protect(finer, LABELS)) == orjson.dumps(policy.protect(coarser, LABELS))
+    assert orjson.dumps(answer(policy, finer)) == orjson.dumps(answer(policy, coarser))
 
 
 def test_no_zero_is_negative() -> None:
-    (prediction,) = Policy("anonymous", 2).protect(np.array([[1.0, -0.0, -1e-9, 0.0, 0.0, 0.0]], np.float32), LABELS)
+    (prediction,) = answer(Policy("anonymous", 2), np.array([[1.0, -0.0, -1e-9, 0.0, 0.0, 0.0]], np.float32))
     assert all(math.copysign(1, score) == 1 for score in prediction["scores"].values())
 
 
 def test_the_largest_scores_are_the_ones_shown() -> None:
     exact = np.array([[0.04, 0.3, 0.01, 0.4, 0.05, 0.2]], np.float32)
-    (prediction,) = Policy("anonymous", 2, top_n=3).protect(exact, LABELS)
+    (prediction,) = answer(Policy("anonymous", 2, top_n=3), exact)
     assert prediction["scores"] == {"dog": 0.4, "bee": 0.3, "fox": 0.2}
+
+
+def test_the_tensor_of_scores_is_as_coarse_and_hides_as_much_as_the_list() -> None:
+    exact = np.array([[0.0449, 0.3, 0.0149, 0.4, 0.05, 0.1901]], np.float32)
+    assert Policy("anonymous", 2, top_n=3).protect(exact).scores.tolist() == [[0.0, 0.3, 0.0, 0.4, 0.0, 0.19]]
+    assert Policy("anonymous", 1).protect(exact).scores.tolist() == [[0.0, 0.3, 0.0, 0.4, 0.1, 0.2]]
+    assert Policy("anonymous", 2, label_only=True).protect(exact).scores is None
 
 
 def test_label_only_shows_nothing_else() -> None:
     exact = np.array([[0.04, 0.3, 0.01, 0.4, 0.05, 0.2]], np.float32)
-    assert Policy("anonymous", 6, top_n=3, label_only=True).protect(exact, LABELS) == [{"label": "dog", "index": 3}]
+    assert answer(Policy("anonymous", 6, top_n=3, label_only=True), exact) == [{"label": "dog", "index": 3}]
 
 
 @pytest.mark.parametrize(("top_n", "shown"), [(0, None), (5, 5)])

@@ -95,7 +95,7 @@ async def test_an_error_after_the_reply_has_begun_is_logged_and_does_not_begin_a
 
 async def test_an_error_anywhere_in_the_service_is_a_problem_that_tells_an_id_and_nothing_else(engine: SharedEngine) -> None:
     class OneClassTooMany(SharedEngine):
-        async def classify(self, images: np.ndarray) -> np.ndarray:
+        async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
             return np.eye(11, dtype=np.float32)[[10] * len(images)]  # (B, 11), where the model has 10 labels
 
     broken = OneClassTooMany(engine._engine)

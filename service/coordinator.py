@@ -1,0 +1,136 @@
+"""The coordinator: the parent of several front ends and of one engine, and the process that has the queue and the quotas."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from model.checkpoint import read_header
+from service.engine_process import EngineProcess
+from service.metrics import Metrics
+from service.remote import RemoteCaller, slots_of
+from service.scheduler import Scheduler
+from service.settings import Settings
+from service.slab import Slab
+
+log = logging.getLogger(__name__)
+
+SHORTEST_LIFE_S = 5.0
+"""A front end that dies younger than this is started again after a pause."""
+
+
+@dataclass(eq=False)
+class _FrontEnd:
+    process: subprocess.Popen[bytes]
+    caller: RemoteCaller
+    started: float
+
+
+class Coordinator:
+    """Runs one service in several processes.
+
+    Args:
+        settings: All settings; the children read their own from the environment.
+        listener: The bound socket that all front ends accept connections from.
+        metrics: Counts.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket, metrics: Metrics) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._metrics = metrics
+        self._architecture = read_header(settings.checkpoint).architecture
+        self._engine = EngineProcess(settings, self._architecture, metrics, self._tell_up)
+        self._scheduler = Scheduler(settings, self._engine, metrics)
+        self._front_ends: set[_FrontEnd] = set()
+        self._burials: set[asyncio.Future[None]] = set()
+        self._draining = False
+        self._all_gone = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, drain, and return the exit status.
+
+        Raises:
+            EngineFailedError: The engine cannot be started.
+        """
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, stop.set)
+        try:
+            await self._engine.start()
+            await self._scheduler.start()
+            for _ in range(self._settings.frontends):
+                await self._start_front_end()
+            for front_end in list(self._front_ends):
+                await front_end.caller.is_open.wait()
+            host, port = self._listener.getsockname()[:2]
+            log.info("listening on http://%s:%d with %d front ends", host, port, self._settings.frontends)
+            await stop.wait()
+            log.info("draining")
+            await self._drain()
+        finally:
+            self._draining = True
+            for front_end in self._front_ends:
+                front_end.process.kill()
+            self._scheduler.stop()
+            await self._engine.stop()
+        return 0
+
+    async def _drain(self) -> None:
+        """Let every front end finish what it has accepted; kill those that take too long."""
+        self._draining = True
+        self._metrics.ready.set(0)
+        self._listener.close()
+        for front_end in self._front_ends:
+            front_end.caller.tell_drain()
+        try:
+            async with asyncio.timeout(self._settings.drain_deadline_ms / 1000 + 5):
+                if self._front_ends:
+                    await self._all_gone.wait()
+        except TimeoutError:
+            log.error("%d front ends did not stop in time", len(self._front_ends))
+
+    async def _start_front_end(self) -> None:
+        slots = slots_of(self._settings)
+        memory = Slab.make_file(slots, self._architecture)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            files = {"listen": self._listener.fileno(), "wire": theirs.fileno(), "memory": memory}
+            arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+            command = [sys.executable, "-m", "service.frontend", *arguments]
+            process = subprocess.Popen(command, pass_fds=tuple(files.values()))  # noqa: ASYNC220 (it returns at once)
+        caller = RemoteCaller(self._scheduler, Slab(memory, slots, self._architecture), lambda: self._front_end_gone(front_end))
+        front_end = _FrontEnd(process, caller, time.monotonic())
+        self._front_ends.add(front_end)
+        await caller.wire.open(ours)
+        caller.tell_up(self._engine.is_up)
+
+    def _front_end_gone(self, front_end: _FrontEnd) -> None:
+        self._front_ends.discard(front_end)
+        burial = asyncio.ensure_future(self._bury(front_end))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
+
+    async def _bury(self, front_end: _FrontEnd) -> None:
+        status = await asyncio.to_thread(front_end.process.wait)
+        self._metrics.process_gone(front_end.process.pid)
+        if not self._front_ends:
+            self._all_gone.set()
+        if self._draining:
+            return
+        log.error("a front end died with status %d; starting another", status)
+        if time.monotonic() - front_end.started < SHORTEST_LIFE_S:
+            await asyncio.sleep(SHORTEST_LIFE_S)
+        await self._start_front_end()
+
+    def _tell_up(self) -> None:
+        self._metrics.ready.set(int(self._engine.is_up and not self._draining))
+        for front_end in self._front_ends:
+            front_end.caller.tell_up(self._engine.is_up)

@@ -1,0 +1,194 @@
+"""One request's way: identify, read, admit, decode, queue, protect. The same for every protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from starlette.requests import Request
+
+from service.body import Body, BodyReader
+from service.decode import Decoder
+from service.identity import Caller, Identifier
+from service.metrics import Metrics
+from service.policy import Policy, Protected
+from service.problems import Problem, deadline_passed
+from service.quota import Level, rate_limit_headers
+
+INLINE_BYTES = 65_536
+"""Bodies up to this size are taken apart on the event loop: quicker than handing them to a thread."""
+
+
+class Parcel(Protocol):
+    """A body taken apart, whatever protocol it came by, with nothing decoded yet."""
+
+    @property
+    def images(self) -> int:
+        """How many images it holds."""
+        ...
+
+    @property
+    def deadline_s(self) -> float | None:
+        """How long the caller wants to wait, if it said so."""
+        ...
+
+    def is_cheap(self) -> bool:
+        """Tell whether decoding takes less time than handing it to a thread does."""
+        ...
+
+    def decode(self, decoder: Decoder, expired: Callable[[], bool]) -> np.ndarray:
+        """Return the images ``(N, 3, H, W)``, uint8 or float32 in ``[0, 1]``; may run on any thread."""
+        ...
+
+
+class Admitted(Protocol):
+    """A request that holds places and quota until it is settled."""
+
+    levels: list[Level]
+
+
+class Scheduling(Protocol):
+    """What the pipeline asks of a scheduler, in this process or another; see :class:`service.scheduler.Scheduler`."""
+
+    async def admit(self, caller: Caller, images: int) -> Any:
+        """Hold places and charge quota; returns an :class:`Admitted`."""
+        ...
+
+    async def answer(self, ticket: Any, images: np.ndarray, deadline: float) -> np.ndarray:
+        """Return exact probabilities ``(N, C)``."""
+        ...
+
+    def settle(self, ticket: Any, refund: bool) -> None:
+        """End an admitted request."""
+        ...
+
+    async def levels(self, caller: Caller) -> list[Level]:
+        """Return what is left of a caller's quota."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a protocol may tell its caller.
+
+    Attributes:
+        protected: The answers.
+        policy: The policy that they passed.
+        headers: What is left of the quota.
+    """
+
+    protected: Protected
+    policy: Policy
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The parts that a request passes, in this order.
+
+    Attributes:
+        identifier: Says who is asking.
+        reader: Reads the body within limits.
+        scheduler: Holds queue places, charges quota and leads to the engine.
+        decoder: Turns images into the model's pixels.
+        decode_pool: Threads that decode what is not cheap.
+        policies: What of an answer leaves, by tier.
+        labels: Class names.
+        version: The model's version.
+        deadline_s: How long a request may take to reach the engine.
+        metrics: Counts.
+    """
+
+    identifier: Identifier
+    reader: BodyReader
+    scheduler: Scheduling
+    decoder: Decoder
+    decode_pool: ThreadPoolExecutor
+    policies: Mapping[str, Policy]
+    labels: tuple[str, ...]
+    version: str
+    deadline_s: float
+    metrics: Metrics
+
+    async def run(self, request: Request, parse: Callable[[bytearray], Parcel]) -> Answered:
+        """Answer one request.
+
+        Args:
+            request: Its body is not read yet.
+            parse: Takes the body apart; may run on a thread.
+
+        Raises:
+            Problem: See docs/http-api.md for every status.
+            ClientDisconnect: The client has gone before its body arrived.
+        """
+        started = time.monotonic()
+        caller = self.identify(request)
+        body = await self.reader.read(request)
+        try:
+            parcel = await _take_apart(body, parse)
+            request.scope["state"]["images"] = parcel.images
+            deadline = started + min(self.deadline_s, parcel.deadline_s or self.deadline_s)
+            ticket: Admitted = await self.scheduler.admit(caller, parcel.images)
+            rows = await self._answer(parcel, ticket, deadline)  # (N, C)
+        except Problem as problem:
+            problem.headers = {**rate_limit_headers(await self.scheduler.levels(caller)), **problem.headers}
+            raise
+        finally:
+            body.close()
+        policy = self.policies[caller.tier]
+        protected = policy.protect(rows)
+        self.metrics.answered(self.labels, protected.best)
+        return Answered(protected, policy, rate_limit_headers(ticket.levels))
+
+    def identify(self, request: Request) -> Caller:
+        """Return who is asking; raises ``Problem`` 401 or 403."""
+        caller = self.identifier.identify(request.scope)
+        request.scope["state"]["tier"] = caller.tier
+        return caller
+
+    async def quota_of(self, caller: Caller) -> list[Level]:
+        """Return what is left of a caller's quota."""
+        return await self.scheduler.levels(caller)
+
+    async def _answer(self, parcel: Parcel, ticket: Admitted, deadline: float) -> np.ndarray:
+        """Decode and classify; the quota is refunded on failure, but not when the client has gone: it may have cost time."""
+        refund = False
+        try:
+            images = await self._decode(parcel, deadline)  # (N, 3, H, W)
+            return await self.scheduler.answer(ticket, images, deadline)
+        except Exception:
+            refund = True
+            raise
+        finally:
+            self.scheduler.settle(ticket, refund)
+
+    async def _decode(self, parcel: Parcel, deadline: float) -> np.ndarray:
+        started = time.perf_counter()
+        if parcel.is_cheap():
+            images = parcel.decode(self.decoder, lambda: time.monotonic() > deadline)
+        else:
+            gone = threading.Event()  # stops a decoding that nobody waits for
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    images = await loop.run_in_executor(self.decode_pool, parcel.decode, self.decoder, gone.is_set)
+            except TimeoutError:
+                raise deadline_passed() from None
+            finally:
+                gone.set()
+        self.metrics.decode.observe(time.perf_counter() - started)
+        return images
+
+
+async def _take_apart(body: Body, parse: Callable[[bytearray], Parcel]) -> Parcel:
+    data = body.take()
+    if len(data) <= INLINE_BYTES:
+        return parse(data)
+    # Taking megabytes of hostile multipart apart can take seconds, in which others must be answered.
+    return await asyncio.to_thread(parse, data)
