@@ -65,10 +65,16 @@ runtime-check: setup ## install only what the service needs, elsewhere, and clas
 	$(BIN)/uv pip install --quiet --python build/runtime/bin/python --no-deps --reinstall build/dist/palisade-*.whl
 	cd build && runtime/bin/python ../tests/runtime_check.py
 
+.PHONY: clients
+clients: setup ## install kserve's client, whose pins fit nothing else, into an environment of its own; its test skips without
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/clients
+	$(BIN)/uv pip sync --quiet --python build/clients/bin/python --require-hashes requirements/clients.txt
+
 .PHONY: requirements
 requirements: ## write the pinned requirement files anew
-	$(COMPILE) pyproject.toml --output-file requirements/service.txt
+	$(COMPILE) pyproject.toml --extra cpu --output-file requirements/service.txt
 	$(COMPILE) pyproject.toml --extra dev --extra redis --output-file requirements/dev.txt
+	echo kserve | $(COMPILE) - --output-file requirements/clients.txt
 	echo uv | $(COMPILE) - --output-file requirements/uv.txt
 
 .PHONY: clean
