@@ -49,7 +49,7 @@ def native_bfloat16(device: str) -> bool:
         return "avx512_bf16" in _cpu()[1]
     import torch
 
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def has_openvino() -> bool:

@@ -48,6 +48,9 @@ twice as much. What int8 does to accuracy is measured for each checkpoint before
 MOST_LANES = 4
 """Batches that run at a time on a processor with that many cores or more; each lane has its share of them."""
 
+COMPILED_STACK = 3
+"""Experts per grouped convolution in the compiled executions: more help small batches and slow large ones down."""
+
 
 class Prediction(NamedTuple):
     """What a batch came to.
@@ -156,7 +159,7 @@ def load_fast_path(
     if tuning and (plan := tuning.plans.get(tuning.precision if precision == "auto" else precision)):
         try:
             files = _files(folder, identity, plan)
-            executions = make_executions(plan.executions, checkpoint, device, top_k, threads, files)
+            executions = make_executions(plan.executions, checkpoint, device, top_k, threads, max_batch_size, files)
             lanes, shared = _share(plan, checkpoint, top_k, threads, files)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             log.warning("%s: the tuned plan (%s) fails: %s; the default one is used", folder, plan, str(error).strip())
@@ -168,7 +171,7 @@ def load_fast_path(
             f"precision=int8: {_why_not_int8(folder, tuning)}; run palisade-serve tune --replay FILE.npz on this machine first"
         )
     plan = default_plan(header.architecture, device, precision, top_k)
-    executions = make_executions(plan.executions, checkpoint, device, top_k, threads)
+    executions = make_executions(plan.executions, checkpoint, device, top_k, threads, max_batch_size)
     lanes, shared = _share(plan, checkpoint, top_k, threads)
     return FastPath(header, plan, executions, device, "chosen by default", max_batch_size, lanes, shared)
 
@@ -310,6 +313,12 @@ def _make_torch(
 
             made[name] = _Torch(FastMixture(mixture, _dtype(what)))
     return made
+
+
+def _dtype(what: ExecutionName) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[what.precision]
 
 
 def _file(name: str, files: Mapping[str, Path]) -> Path:

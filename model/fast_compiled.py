@@ -14,13 +14,16 @@ FREEZING = {"freezing": True}
 """Weights become constants, so that the compiler lays them out once the way the processor's convolutions want them."""
 
 # Isolated, or the mixtures of one process would share one limit of compilations, past which torch runs uncompiled.
-_COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "options": FREEZING}
+_COMPILE: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": FREEZING}
+
+_SIZES = (1, 2, 16)
+"""Batch sizes to compile for: torch compiles 1 apart, as it broadcasts, and on a CPU chooses convolutions anew from 16 on."""
 
 
 class CompiledMixture:
     """A mixture that only predicts, compiled when it is made, so that no request waits for the compiler.
 
-    One image has code of its own, and all larger batches share theirs. Compiling takes tens of seconds and, for a CPU, a C++
+    One image, up to 15 and more than that have code of their own. Compiling takes tens of seconds and, for a CPU, a C++
     compiler (``g++``, or what ``CXX`` names); generated code goes to the folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
 
     Args:
@@ -36,12 +39,12 @@ class CompiledMixture:
         dense = DenseMixture(mixture, dtype, stack)
         self.architecture, self.device, self.dtype = dense.architecture, dense.device, dense.dtype
         self._run = torch.compile(dense, **_COMPILE)
-        for size in (1, 2):  # torch compiles size 1 apart, as it broadcasts; 2 stands for every other
+        for size in _SIZES:
             self.predict(torch.zeros(size, 3, self.architecture.height, self.architecture.input_width))
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> Prediction:
         """Classify images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``, on any device; the answer is on the model's."""
         images = as_unit(images, self.architecture, self.device)
-        # One image cut from others may keep their stride, by which torch would take it for a new kind of input and compile.
-        return Prediction(*self._run(images.flatten().view(images.shape)))
+        # A copy has the strides that its shape has. Views and odd strides would be new kinds of input, to be compiled for.
+        return Prediction(*self._run(images.clone(memory_format=torch.contiguous_format)))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -94,14 +95,14 @@ class Tuning:
         """Return the choices in :func:`write`'s output; raises ``ValueError`` if they are not in it."""
         try:
             plans = {name: Plan.from_json(plan) for name, plan in values["plans"].items()}
-            files, strings = dict(values["files"]), [values[name] for name in ("precision", "date", "machine")]
+            files, precision, date, machine = (values[name] for name in ("files", "precision", "date", "machine"))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__} {error}") from error
-        if strings[0] not in plans or any(plan.precision != name for name, plan in plans.items()):
-            raise ValueError(f"plans are for {', '.join(plans)}, precision is {strings[0]}")
-        if not all(isinstance(text, str) for text in (*strings, *files.values())) or not all(map(_FILE_NAME.fullmatch, files)):
-            raise ValueError("files, date or machine are not texts")
-        return cls(plans, *strings, files, values.get("measured", {}))
+        if precision not in plans or any(plan.precision != name for name, plan in plans.items()):
+            raise ValueError(f"plans are for {', '.join(plans)}, precision is {precision}")
+        if not isinstance(files, dict) or not all(map(_FILE_NAME.fullmatch, files)):
+            raise ValueError(f"files must be an object with the names of files, not {str(files)[:100]}")
+        return cls(plans, precision, str(date), str(machine), files, values.get("measured", {}))
 
 
 def default_folder() -> Path:
@@ -147,6 +148,17 @@ def find(folder: Path, identity: Identity) -> Tuning | None:
     return tuning
 
 
+def keep(folder: Path, file: Path) -> str:
+    """Copy a file into a folder of choices, in one step for those who read there, and return its SHA-256."""
+    scratch = folder / f"{file.name}.partial"
+    scratch.unlink(missing_ok=True)
+    shutil.copyfile(file, scratch)
+    scratch.chmod(0o644)
+    digest = sha256(scratch)
+    os.replace(scratch, folder / file.name)
+    return digest
+
+
 def write(folder: Path, identity: Identity, tuning: Tuning) -> Path:
     """Write choices into a folder, beside the files that they name, and return where they are."""
     values = {
@@ -161,9 +173,8 @@ def write(folder: Path, identity: Identity, tuning: Tuning) -> Path:
     }
     path = folder / f"{identity.stem}.json"
     scratch = path.with_suffix(".partial")
-    scratch.unlink(missing_ok=True)
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as file:
-        json.dump(values, file, indent=1)
+    scratch.write_text(json.dumps(values, indent=1))
+    scratch.chmod(0o644)
     os.replace(scratch, path)
     return path
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from service.commands import keys, run
+from service.commands import keys, run, tune
 
-COMMANDS = (run, keys)
+COMMANDS = (run, keys, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """One execution of the mixture in a process of its own, timed on request.
 
 Two executions in one process disturb each other: torch's worker threads spin for a while after their work and take OpenVINO's
-cores. A process that waits for its next request costs nothing, so executions can take turns and share a machine's ups and downs.
+cores. A process that waits for its next request costs nothing, so executions can take turns and share the machine's ups and
+downs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.checkpoint import read_header
-from model.execution import Execution, Prediction, make_executions
+from model.checkpoint import load_checkpoint, read_header, read_weights
+from model.execution import COMPILED_STACK, Execution, ExecutionName, Prediction, make_executions
 
 REFERENCES = ("reference-float32", "reference-bfloat16")
 """Beside the executions: the reference mixture as it is, a straightforward loop over its experts, channels-last."""
@@ -160,8 +161,6 @@ class _Reference:
     def __init__(self, name: str, checkpoint: str, device: str, top_k: int | None, threads: int) -> None:
         import torch
 
-        from model.checkpoint import load_checkpoint
-
         if threads:
             torch.set_num_threads(threads)
         self.device, self.dtype = torch.device(device), getattr(torch, name.removeprefix("reference-"))
@@ -219,7 +218,8 @@ class _Watched:
         if request["do"] == "rate":
             return self._rate(request["batch"], request["seconds"])
         if request["do"] == "predict":
-            return self._predict(Path(request["folder"]))
+            self._predict(Path(request["folder"]))
+            return None
         assert isinstance(self._execution, _Reference)
         return self._execution.flop() if request["do"] == "flop" else self._execution.matrix_rate(request["seconds"])
 
@@ -235,7 +235,18 @@ class _Watched:
 
 
 def _build(do: str, name: str, checkpoint: str, device: str, file: str, calibration: str) -> None:
-    raise NotImplementedError
+    what = ExecutionName.parse(name)
+    if what.precision == "int8":
+        from model.openvino import quantise, save_model
+
+        header, weights = read_weights(checkpoint)
+        save_model(quantise(header.architecture, weights, what.stack, np.load(calibration)), Path(file))
+        return
+    import torch
+
+    from model.fast_package import export_package
+
+    export_package(load_checkpoint(checkpoint, device), Path(file), getattr(torch, what.precision), COMPILED_STACK)
 
 
 def _calls_per_s(call: Callable[[], object], seconds: float) -> float:

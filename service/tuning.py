@@ -16,7 +16,6 @@ import numpy.typing as npt
 from model.architecture import Architecture
 from model.execution import TOLERANCE
 from model.plan import ExecutionName, Plan
-from service.replay import Replay
 from service.stopwatch import Stopwatch
 
 NEGLIGIBLE = 0.03
@@ -27,6 +26,7 @@ MOST_POINTS_LOST = 0.3
 
 PAUSE_S = 0.02  # after a turn: threads that still spin in one process would slow the next one's
 
+Answers = Mapping[str, npt.NDArray[np.float32]]
 Rates = Mapping[str, Mapping[int, Sequence[float]]]
 
 
@@ -87,16 +87,15 @@ class Judgement:
     percent: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, replay: Replay, reference: Stopwatch, quantised: Stopwatch) -> Judgement:
-        """Judge a quantised execution by a replay."""
+    def between(cls, labels: npt.NDArray[np.int64], float32: Answers, int8: Answers) -> Judgement:
+        """Compare answers, probabilities ``(N, C)`` for the clean and the attacked images, with the labels ``(N,)``."""
         percent = {}
-        for images, inputs in (("clean", replay.clean), ("attacked", replay.attacked)):
+        for images in float32:
             right = {
-                precision: (watch.predict(inputs).probabilities.argmax(axis=1) == replay.labels).mean()
-                for precision, watch in (("float32", reference), ("int8", quantised))
+                name: (side[images].argmax(axis=1) == labels).mean() for name, side in (("float32", float32), ("int8", int8))
             }
-            percent[images] = {precision: round(100 * float(share), 2) for precision, share in right.items()}
-        return cls(len(replay), percent)
+            percent[images] = {name: round(100 * float(share), 2) for name, share in right.items()}
+        return cls(len(labels), percent)
 
     @property
     def accepted(self) -> bool:

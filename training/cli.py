@@ -21,6 +21,7 @@ from training.evaluation.sanity import MaskedGradientsError
 from training.pipeline import Run
 from training.plan import plan
 from training.recipe import RECIPES, Recipe
+from training.replay import write_replay
 from training.worker import Stop, StopRequested, started
 
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_commands(commands, shared)
 
     _add_evaluate(commands, shared)
+    _add_replay(commands, shared)
     return parser
 
 
@@ -84,6 +86,18 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser],
     command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--stamp", action="store_true", help="also write the figures into the checkpoint's header")
     command.set_defaults(run_command=_evaluate)
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "replay", parents=[shared], help="keep held-out training images and attacks on them, for palisade-serve tune"
+    )
+    command.add_argument("--checkpoint", default="compact", help="path, or 'compact'; default: %(default)s")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+    command.add_argument("--n", type=int, default=0, help="images; default: all that training held out")
+    command.add_argument("--steps", type=int, default=10, help="steps of the attack, PGD; default: %(default)s")
+    command.add_argument("--seed", type=_seed, default=0)
+    command.set_defaults(run_command=_replay)
 
 
 def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -221,6 +235,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     evaluate_checkpoint(
         options.checkpoint, _data(options), device, options.n, options.seed, stamp=options.stamp, request=request
+    )
+
+
+def _replay(options: argparse.Namespace) -> None:
+    made = write_replay(
+        options.checkpoint, _data(options), options.out, torch.device(options.device), options.n, options.steps, options.seed
+    )
+    n, right = made["n"], made["right"]
+    print(
+        f"{options.out}: {n} held-out training images; right in float32: {right['clean']} as they are, "
+        f"{right['attacked']} under PGD-{options.steps}"
     )
 
 
