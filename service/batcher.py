@@ -22,10 +22,6 @@ RATE_WINDOWS = 10
 """The arrival rate is averaged over this many delay windows."""
 
 
-FEW = 2
-"""Up to this many images a lane, a batch is sooner done with the whole device to itself than spread over lanes."""
-
-
 class Engine(Protocol):
     """What runs the batches."""
 
@@ -115,8 +111,8 @@ class Batcher:
     is likely to double it: below that load a window costs every caller its length and gains nothing.
 
     Args:
-        engine: Runs the batches; as many at a time as it has lanes. A batch that comes to an idle engine with few images runs
-            alone, which is soonest done; with many, it is spread over the lanes, and each lane goes on by itself.
+        engine: Runs the batches; as many at a time as it has lanes. A single image that finds the engine idle runs alone,
+            which is soonest done; more are spread over the lanes, and each lane goes on by itself.
         max_batch_size: Most images of a batch; larger requests are split.
         max_queue_delay_s: Longest delay window.
         max_queue_images: Queue places.
@@ -249,11 +245,12 @@ class Batcher:
             timer.cancel()
 
     def _start_batch(self) -> None:
-        """Run what waits, or a lane's share of it if no lane is busy; a free lane is certain."""
+        """Run a free lane's share of what waits; a free lane is certain."""
         lanes = self._engine.lanes
         idle = not self._running
-        alone = lanes == 1 or (idle and self._waiting <= FEW * lanes)
-        room = self._max_batch if alone or not idle else min(self._max_batch, -(-self._waiting // lanes))
+        alone = lanes == 1 or (idle and self._waiting == 1)
+        # A busy lane will want its share of what waits, too.
+        room = self._max_batch if alone else min(-(-self._max_batch // lanes), -(-self._waiting // lanes))
         batch = self._take_batch(room)
         if not batch:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -106,7 +107,9 @@ class Coordinator:
             arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
             command = [sys.executable, "-m", "service.frontend", *arguments]
             process = subprocess.Popen(command, pass_fds=tuple(files.values()))  # noqa: ASYNC220 (it returns at once)
-        caller = RemoteCaller(self._scheduler, Slab(memory, slots, self._architecture), lambda: self._front_end_gone(front_end))
+        slab = Slab(memory, slots, self._architecture)
+        os.close(memory)  # the slab keeps its own hold on it, and lets go with the front end
+        caller = RemoteCaller(self._scheduler, slab, lambda: self._front_end_gone(front_end))
         front_end = _FrontEnd(process, caller, time.monotonic())
         self._front_ends.add(front_end)
         await caller.wire.open(ours)
@@ -128,7 +131,8 @@ class Coordinator:
         log.error("a front end died with status %d; starting another", status)
         if time.monotonic() - front_end.started < SHORTEST_LIFE_S:
             await asyncio.sleep(SHORTEST_LIFE_S)
-        await self._start_front_end()
+        if not self._draining:
+            await self._start_front_end()
 
     def _tell_up(self) -> None:
         self._metrics.ready.set(int(self._engine.is_up and not self._draining))

@@ -22,7 +22,7 @@ from model.architecture import Architecture
 from model.checkpoint import CheckpointError, read_header
 from model.execution import MOST_LANES
 from service import logs
-from service.engine import load, predict
+from service.engine import load, predict, step_back
 from service.metrics import Metrics
 from service.settings import Settings
 from service.slab import Slab
@@ -189,6 +189,7 @@ def main() -> int:
     options = parser.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent says when it is time
         signal.signal(each, signal.SIG_IGN)
+    step_back()
     settings = Settings()
     logs.configure(settings.log_level)
     with socket.socket(fileno=options.socket) as end, contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -52,6 +52,7 @@ class RemoteScheduler:
         self._free = list(range(slots))
         self._on_drain = on_drain
         self._up = False
+        self._is_lost = False
         self._wire = Wire(self._told, self._lost)
         self._numbers = 0
         self._waiting: dict[int, asyncio.Future[Any]] = {}
@@ -92,6 +93,8 @@ class RemoteScheduler:
         Raises:
             Problem: 503 the engine failed or there is no memory, 504 the deadline (monotonic seconds) passed.
         """
+        if self._is_lost:
+            raise engine_failed()
         if len(self._free) < len(images):
             raise overloaded("too many images are on their way to the model; try again")
         slots = [self._free.pop() for _ in range(len(images))]
@@ -122,6 +125,8 @@ class RemoteScheduler:
         return self._numbers
 
     async def _ask(self, number: int, what: str, *rest: object) -> Any:
+        if self._is_lost:  # nobody would ever answer
+            raise engine_failed()
         reply = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._wire.send([what, number, *rest])
         return await reply
@@ -145,7 +150,7 @@ class RemoteScheduler:
 
     def _lost(self) -> None:
         """Fail everything; without its scheduler a front end is of no use."""
-        self._up = False
+        self._up, self._is_lost = False, True
         waiting, self._waiting = self._waiting, {}
         for reply in waiting.values():
             if not reply.done():
@@ -235,6 +240,7 @@ class RemoteCaller:
         for ticket in self._tickets.values():
             self._scheduler.settle(ticket, False)
         self._tickets.clear()
+        del self._slab  # frees the memory now, not when the garbage collector comes by; nobody is left to use it
         self.is_open.set()  # nobody should wait for it any more
         self._on_close()
 

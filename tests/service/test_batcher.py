@@ -64,12 +64,15 @@ class FakeEngine:
         self.lanes = lanes
         self.batches: list[list[int]] = []
         self.alone: list[bool] = []
+        self.busy = self.stopped = 0
+        self.disturbed = False  # something ran beside a batch that was to be alone
         self.fail_next = False
         self.forgetful = False
         self.running = asyncio.Event()
         self.running.set()
         self._automatic = automatic
         self._go = asyncio.Semaphore(0)
+        self._loners = 0
 
     async def up(self) -> None:
         await self.running.wait()
@@ -77,6 +80,19 @@ class FakeEngine:
     async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
         self.alone.append(alone)
         self.batches.append(images[:, 0, 0, 0].tolist())
+        self.disturbed |= bool(self._loners) or (alone and self.busy > 0)
+        self.busy += 1
+        self._loners += alone
+        try:
+            return await self._answer(images)
+        except asyncio.CancelledError:
+            self.stopped += 1
+            raise
+        finally:
+            self.busy -= 1
+            self._loners -= alone
+
+    async def _answer(self, images: np.ndarray) -> np.ndarray:
         if not self._automatic:
             await self._go.acquire()
         await asyncio.sleep(0)
@@ -374,6 +390,94 @@ async def test_drain_finishes_what_was_accepted_and_refuses_the_rest() -> None:
         assert [values(await task) for task in accepted] == [[1], [2], [3]]
 
 
+async def test_a_single_image_at_an_idle_engine_runs_alone_and_nothing_beside_it() -> None:
+    async with Bench(batch=8, automatic=False, lanes=2) as bench:
+        first = bench.send(1)
+        await settle()
+        second = bench.send(2, 3, 4, 5, 6, 7)
+        await settle()
+        assert bench.engine.batches == [[1]]
+        assert bench.engine.alone == [True]
+        await bench.engine.finish()
+        assert values(await first) == [1]
+        assert bench.engine.batches[1:] == [[2, 3, 4], [5, 6]], "the other lane is not left idle now"
+        assert bench.engine.alone[1:] == [False, False]
+        for _ in range(3):
+            await bench.engine.finish()
+        assert values(await second) == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("lanes", "first"), [(1, [12]), (2, [6, 3]), (3, [4, 3, 2]), (4, [3, 3, 2, 1])])
+async def test_many_images_are_spread_over_the_lanes(lanes: int, first: list[int]) -> None:
+    async with Bench(batch=12, automatic=False, lanes=lanes) as bench:
+        answers = [bench.send(*range(5)), bench.send(*range(5, 12))]
+        await settle()
+        assert [len(batch) for batch in bench.engine.batches] == first
+        assert bench.engine.alone == [lanes == 1] * lanes
+        for _ in range(12):
+            await bench.engine.finish()
+        assert [values(await answer) for answer in answers] == [[*range(5)], [*range(5, 12)]]
+
+
+async def test_a_lane_takes_no_more_than_its_share_of_a_batch() -> None:
+    async with Bench(batch=7, automatic=False, lanes=2) as bench:
+        answer = bench.send(*range(20))
+        await settle()
+        assert [len(batch) for batch in bench.engine.batches] == [4, 4]  # half of seven, rounded up
+        for _ in range(20):
+            await bench.engine.finish()
+        assert values(await answer) == list(range(20))
+        assert max(len(batch) for batch in bench.engine.batches) == 4
+
+
+async def test_a_lane_that_comes_free_takes_its_share_while_another_is_busy() -> None:
+    async with Bench(batch=8, automatic=False, lanes=2) as bench:
+        tasks = [bench.send(*range(4)), bench.send(4)]
+        await settle()
+        assert bench.engine.batches == [[0, 1, 2], [3]]
+        tasks.append(bench.send(5, 6))
+        await settle()
+        assert len(bench.engine.batches) == 2, "both lanes are busy"
+        await bench.engine.finish()
+        assert bench.engine.batches[2:] == [[4, 5]]
+        assert bench.engine.alone == [False, False, False]
+        for _ in range(3):
+            await bench.engine.finish()
+        assert [values(await task) for task in tasks] == [[0, 1, 2, 3], [4], [5, 6]]
+        last = bench.send(9)  # idle again
+        await settle()
+        assert bench.engine.alone[-1]
+        await bench.engine.finish()
+        assert values(await last) == [9]
+
+
+async def test_a_batch_that_fails_leaves_the_other_lane_alone() -> None:
+    async with Bench(batch=4, automatic=False, lanes=2) as bench:
+        first, second = bench.send(1, 2), bench.send(3, 4)
+        await settle()
+        assert bench.engine.batches[0] == [1, 2]
+        bench.engine.fail_next = True
+        await bench.engine.finish()
+        with pytest.raises(Problem) as refusal:
+            await first
+        assert refusal.value.status == 503
+        for _ in range(2):
+            await bench.engine.finish()
+        assert values(await second) == [3, 4]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_a_batcher_that_is_stopped_stops_its_batches(lanes: int) -> None:
+    bench = Bench(batch=3, automatic=False, lanes=lanes)
+    async with bench:
+        asked = bench.send(*range(6))
+        await settle()
+        assert len(bench.engine.batches) == lanes
+    await settle()
+    assert bench.engine.stopped == lanes
+    asked.cancel()
+
+
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("send"), st.integers(1, 7)),
@@ -386,16 +490,17 @@ steps = st.lists(
 )
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 4])
 @given(steps=steps, batch=st.integers(1, 8), delay=st.sampled_from([0.0, 0.5, 2.0]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_answer_belongs_to_its_caller_under_any_interleaving(
-    steps: list[tuple[str, int]], batch: int, delay: float
+    steps: list[tuple[str, int]], batch: int, delay: float, lanes: int
 ) -> None:
-    asyncio.run(_interleave(steps, batch, delay))
+    asyncio.run(_interleave(steps, batch, delay, lanes))
 
 
-async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float) -> None:
-    async with Bench(batch=batch, delay=delay, queue=20, automatic=False) as bench:
+async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float, lanes: int) -> None:
+    async with Bench(batch=batch, delay=delay, queue=20, automatic=False, lanes=lanes) as bench:
         sent: list[tuple[list[int], asyncio.Task[np.ndarray]]] = []
         number = itertools.count()
         for action, amount in steps:
@@ -415,6 +520,8 @@ async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float) ->
                 await bench.clock.advance(amount / 10)
             await settle()
             assert 0 <= bench.batcher.queued_images <= 20
+            assert bench.engine.busy <= lanes
+            assert not bench.engine.disturbed
         for _ in range(200):
             await bench.engine.finish()
             await bench.clock.advance(1.0)
