@@ -1,125 +1,153 @@
-"""What the service costs over the bare model: images/s and their ratio, in one run.
+"""What the service costs over the bare model: images/s and their ratio, latency, processor time, memory and start time.
 
-    python -m benchmarks.serving_overhead [--checkpoint compact] [--connections 32] [--rounds 5]
+    python -m benchmarks.serving_overhead [--connections 1,8,32,128] [--tensor-connections 1,2,4] [--rounds 5] [--seconds 10]
+                                          [--starts 5] [--set name=value]
 
-Bare: the fast path in this process at its best batch size. Service: ``palisade-serve run`` with quotas and answer cache off,
-asked by ``wrk`` (Debian package ``wrk``) with 256 different 32x32 PNG images, one per request, from the same cores. They take
-turns;
-figures are the minimum, median and maximum over the rounds, the ratio is the median of the rounds' own ratios.
+Bare: the fast path in a process of its own, at its best batch size and way (:mod:`benchmarks.bare`), just before each load.
+Service: ``palisade-serve run`` with quotas and answer cache off, asked by ``wrk`` (Debian package ``wrk``) from the same cores
+with single 32x32 PNG images (``--connections``) and with binary Open Inference Protocol requests of 64 images
+(``--tensor-connections``). They take turns; figures are the median, minimum and maximum over the rounds, the ratio is of each
+round's own two figures. An empty list leaves a part out: ``--connections 32 --tensor-connections "" --starts 0`` measures one
+figure. Latency under this load is not what a caller sees at moderate load: :mod:`benchmarks.serving_latency` measures that.
+
+Processor time is the service's own, per image: all of it, the part on event loops (HTTP, validation, batching), and the part in
+the kernel; engine and decode are wall time inside the service. Start time runs from exec to the first 200 of ``/readyz``, after
+one start that is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import re
-import shutil
-import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from benchmarks.fast_path import rate
+from benchmarks.bare import Bare, bare, best
 from benchmarks.hardware import describe, spread
-from benchmarks.running_service import RunningService, running_service
-from model.checkpoint import load_checkpoint
-from model.fast import FastMixture
+from benchmarks.load import Requests, closed_loop, probe, single_images, tensors, write_load
+from benchmarks.running_service import UNLIMITED, RunningService, add_settings_option, numbers, running_service, versions
 
-IMAGES = 256
-SECONDS = 10
-SCRIPT = """
-local bodies = {}
-for i = 0, %d do
-  local file = assert(io.open("%s/" .. i .. ".png", "rb"))
-  bodies[i] = wrk.format("POST", "/v1/classify", {["Content-Type"] = "image/png"}, file:read("*all"))
-  file:close()
-end
-local next = 0
-function request()
-  next = (next + 1) %% (%d + 1)
-  return bodies[next]
-end
-"""
+WARM_UP_S = 2
+BARE_S = 3.0
+PAUSE_S = 0.5
+"""Before each measurement, so that the other side's worker threads go to sleep."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One column of the table: which requests come over how many connections."""
+
+    name: str
+    requests: Requests
+    script: Path
+    connections: int
 
 
 def main() -> None:
     """Measure, print a table and end with one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="compact")
-    parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    if shutil.which("wrk") is None:
-        raise SystemExit("this benchmark needs wrk: apt-get install wrk")
-    fast = FastMixture(load_checkpoint(options.checkpoint))
-    size = (3, fast.architecture.height, fast.architecture.input_width)
-    batches = {b: rate(fast.predict, torch.randint(256, (b, *size), dtype=torch.uint8)) for b in (16, 32, 64, 128)}
-    best = max(batches, key=batches.__getitem__)
-    images = torch.randint(256, (best, *size), dtype=torch.uint8)
-    bare, service, p50, p99 = [], [], [], []
-    settings = {"checkpoint": options.checkpoint, "limits": "off", "answer_cache_images": 0}
+    options = parse()
+    settings = {**UNLIMITED, **dict(options.settings)}
+    fastest = best(bare(settings, seconds=min(1.0, options.seconds)))
+    print(f"bare fast path at its best: batch {fastest.batch}, {fastest.way}, {fastest.execution}")
     with tempfile.TemporaryDirectory() as folder, running_service(**settings) as running:
         at_start = running.peak_memory_mib()
-        script = write_load(Path(folder))
-        load(running, script, options.connections, 3)
+        loads = make_loads(Path(folder), options.connections, options.tensor_connections)
+        for load in loads:
+            probe(running.url, load.requests)
+            closed_loop(running.url, load.script, load.connections, WARM_UP_S)
+        rounds: dict[str, list[dict[str, float]]] = {load.name: [] for load in loads}
         for _ in range(options.rounds):
-            time.sleep(1)  # worker threads of the other side go to sleep
-            bare.append(max(rate(fast.predict, images) for _ in range(3)))
-            time.sleep(1)
-            answered, median, tail = load(running, script, options.connections, SECONDS)
-            service.append(answered)
-            p50.append(median)
-            p99.append(tail)
+            for load in loads:
+                rounds[load.name].append(measure(running, load, settings, fastest, options.seconds))
         under_load = running.peak_memory_mib()
-    result = {
-        "bare_images_per_s": spread(bare),
-        "bare_best_batch": best,
-        "service_images_per_s": spread(service),
-        "ratio": spread([s / b for s, b in zip(service, bare, strict=True)]),
-        "latency_p50_ms": spread(p50),
-        "latency_p99_ms": spread(p99),
-        "peak_memory_mib": {"at_start": at_start, "under_load": under_load},
+    rows = {name: summary(measured) for name, measured in rounds.items()}
+    for name, row in rows.items():
+        print_row(name, row)
+    starts = start(settings, options.starts)
+    memory = {"at_start": at_start, "under_load": under_load}
+    print(f"peak memory, MiB: {at_start:.0f} at start, {under_load:.0f} under load")
+    if starts:
+        print(f"exec to ready, s: {show(spread(starts))}, {len(starts)} starts")
+    how = {"rounds": options.rounds, "seconds": options.seconds, "settings": settings, "bare": asdict(fastest)}
+    result = {"loads": rows, "peak_memory_mib": memory, "start_s": spread(starts) if starts else None, "starts": len(starts)}
+    print(json.dumps({"benchmark": "serving_overhead", **how, "hardware": describe(), "versions": versions(), **result}))
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--connections", type=numbers, default=[1, 8, 32, 128], help="for single images")
+    parser.add_argument("--tensor-connections", type=numbers, default=[1, 2, 4], help="for requests of 64 images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load in each round")
+    parser.add_argument("--starts", type=int, default=5, help="how often start time is measured")
+    add_settings_option(parser)
+    return parser.parse_args()
+
+
+def make_loads(folder: Path, connections: Sequence[int], tensor_connections: Sequence[int]) -> list[Load]:
+    """Write the requests and return the loads, single images first."""
+    loads = []
+    for what, requests, counts in (("png", single_images(), connections), ("tensor", tensors(), tensor_connections)):
+        (folder / what).mkdir()
+        script = write_load(folder / what, requests)
+        loads += [Load(f"{what} x{count}", requests, script, count) for count in counts]
+    return loads
+
+
+def measure(
+    running: RunningService, load: Load, settings: Mapping[str, object], fastest: Bare, seconds: float
+) -> dict[str, float]:
+    """Measure the bare path and then the service under one load; every figure of the round by its name."""
+    time.sleep(PAUSE_S)
+    (alone,) = bare(settings, [fastest.batch], [fastest.way], min(BARE_S, seconds))
+    time.sleep(PAUSE_S)
+    before = running.work()
+    seen = closed_loop(running.url, load.script, load.connections, seconds).all_answered()
+    work = running.work() - before
+    images_per_s = seen.requests_per_s * load.requests.images
+    return {
+        "bare_images_per_s": alone.images_per_s,
+        "service_images_per_s": images_per_s,
+        "ratio": images_per_s / alone.images_per_s,
+        "p50_ms": seen.p50_ms,
+        "p95_ms": seen.p95_ms,
+        "p99_ms": seen.p99_ms,
+        **work.per_image(),
+        "client_cpu_ms": seen.client_cpu_us / 1000 / load.requests.images,
     }
-    for name, value in result.items():
-        print(f"{name:22s} {value}")
-    how = {"connections": options.connections, "rounds": options.rounds, "seconds_per_round": SECONDS}
-    print(json.dumps({"benchmark": "serving_overhead", **how, "hardware": describe(), **result}))
 
 
-def write_load(folder: Path) -> Path:
-    """Write the images and the script that wrk sends them with."""
-    generator = np.random.default_rng(0)
-    for index in range(IMAGES):
-        body = io.BytesIO()
-        # Smooth noise: about as large as a photo of this size once compressed.
-        pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(body, "PNG")
-        (folder / f"{index}.png").write_bytes(body.getvalue())
-    script = folder / "load.lua"
-    script.write_text(SCRIPT % (IMAGES - 1, folder, IMAGES - 1))
-    return script
+def start(settings: Mapping[str, object], count: int) -> list[float]:
+    """Return the start times of ``count`` services, one after another, after one that warms the file cache."""
+    took = []
+    for _ in range(count + 1 if count else 0):
+        with running_service(**settings) as running:
+            took.append(running.start_s)
+    return took[1:]
 
 
-def load(running: RunningService, script: Path, connections: int, seconds: int) -> tuple[float, float, float]:
-    """Return images/s and the median and 99th-percentile latency in milliseconds."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), running.url]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    if "Non-2xx" in report or "Socket errors" in report:
-        raise RuntimeError(f"requests failed:\n{report}")
-    found = re.search(r"Requests/sec:\s+([\d.]+)", report)
-    assert found
-    return float(found[1]), _milliseconds(report, 50), _milliseconds(report, 99)
+def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return each figure's spread over the rounds."""
+    return {name: spread([measured[name] for measured in rounds]) for name in rounds[0]}
 
 
-def _milliseconds(report: str, percentile: int) -> float:
-    found = re.search(rf"{percentile}%\s+([\d.]+)(us|ms|s)\b", report)
-    assert found
-    return float(found[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[found[2]]
+def show(values: Mapping[str, float]) -> str:
+    """Return a spread as text: median (minimum-maximum)."""
+    median, low, high = (
+        f"{values[key]:,.0f}" if values[key] >= 1000 else f"{values[key]:.3g}" for key in ("median", "min", "max")
+    )
+    return f"{median} ({low}-{high})"
+
+
+def print_row(name: str, row: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a heading and one line per figure."""
+    print(name)
+    for figure, values in row.items():
+        print(f"  {figure:22s} {show(values)}")
 
 
 if __name__ == "__main__":
