@@ -190,6 +190,7 @@ def test_a_quantised_mixture_is_written_and_runs_without_what_quantised_it(
     expected = expected_probabilities(mixture, images)
     for count in (1, 33, 7):
         assert_agree(runs.predict(images[:count].numpy()).probabilities, expected[:count], TOLERANCE["int8"])
+    assert np.abs(runs.predict(images.numpy()).probabilities - expected.numpy()).mean() < 0.04  # shuffled images: 0.12
     with torch.no_grad():
         gate = mixture.components(images)[0].exp()
     np.testing.assert_allclose(runs.predict(images.numpy()).gate, gate.numpy(), rtol=0, atol=0.02)  # it is not quantised
@@ -226,7 +227,7 @@ header, weights = read_weights("compact")
 images = np.zeros((2, 3, 32, 32), np.uint8)
 for k in (None, 1):
     runs = OpenVinoMixture(header.architecture, weights, "float32", 9, k, threads=1)
-    print(runs.predict(images).probabilities.sum(axis=1))
+    print(np.allclose(runs.predict(images).probabilities.sum(axis=1), 1))
 print(sorted({"torch", "torchvision", "nncf"} & sys.modules.keys()), threading.active_count())
 """
 
@@ -240,8 +241,6 @@ def test_serving_needs_no_torch_and_tells_nobody(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    sums, modules = ran.stdout.split("\n", 1)
-    assert sums.startswith("[1")
-    assert modules.endswith("[] 1\n")
+    assert ran.stdout.split("\n") == ["True", "True", "[] 1", ""]
     # When OpenVINO reports that it was imported, it leaves an identity in ~/intel for the next time.
     assert list(tmp_path.iterdir()) == []
