@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from model.fast import TOLERANCE, FastMixture, fold_batch_norms
+from model.fast import TOLERANCE, FastMixture
 from model.fast_compiled import CompiledMixture
-from model.fast_dense import DenseMixture, StackedExperts
+from model.fast_dense import DenseMixture
 from model.fast_graphs import GraphedMixture
 from model.fast_package import PackagedMixture, export_package
 from model.mixture import Mixture
@@ -167,73 +164,11 @@ def test_every_batch_size_gives_the_same_answers(fast: Any, images: torch.Tensor
         )
 
 
-@pytest.mark.parametrize(
-    ("fact", "value", "message"),
-    [
-        ("torch", "1.0", "made for torch 1.0, but this is torch 2"),
-        ("device", "cuda", "made for device cuda, but this is device cpu"),
-    ],
-)
-def test_a_package_made_for_something_else_is_not_run(tmp_path: Path, fact: str, value: str, message: str) -> None:
-    facts = {"architecture": "{}", "device": "cpu", "dtype": "float32", "torch": torch.__version__, fact: value}
-    path = tmp_path / "mixture.pt2"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mixture/data/aotinductor/model/it.wrapper_metadata.json", json.dumps(facts))
-    with pytest.raises(ValueError, match=rf"mixture.pt2: {message}.*export it anew"):
-        PackagedMixture(path)
-
-
-def test_a_package_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mixture.pt2"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mixture/data/aotinductor/model/it.wrapper_metadata.json", '{"device": "cpu"}')
-    with pytest.raises(ValueError, match=r"mixture.pt2: .*doesn't note its architecture, dtype, torch"):
-        PackagedMixture(path)
-
-
-def test_a_package_must_be_called_one(mixture: Mixture, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mixture.so: the name of a package must end in .pt2"):
-        export_package(mixture, tmp_path / "mixture.so")
-
-
-def test_a_file_that_is_no_package_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "mixture.pt2"
-    with pytest.raises(ValueError, match=r"mixture.pt2: not a package of a mixture .*No such file"):
-        PackagedMixture(path)
-    path.write_bytes(b"PK" + bytes(200))
-    with pytest.raises(ValueError, match=r"mixture.pt2: not a package of a mixture"):
-        PackagedMixture(path)
-
-
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("execution", [DenseMixture, CompiledMixture])
 def test_only_the_loop_skips_experts(mixture: Mixture, execution: Callable[[Mixture], object], k: int) -> None:
     with pytest.raises(ValueError, match=rf"top_k={k} skips experts, which only the loop does"):
         execution(with_top_k(mixture, k))
-
-
-def test_a_top_k_of_all_experts_is_dense(mixture: Mixture, images: torch.Tensor) -> None:
-    ours, theirs = (DenseMixture(with_top_k(mixture, k), torch.float32).predict(images) for k in (None, 3))
-    assert torch.equal(ours.probabilities, theirs.probabilities)
-
-
-@pytest.mark.parametrize("stack", [0, 4])
-def test_a_stack_of_more_or_fewer_experts_than_there_are_is_refused(mixture: Mixture, stack: int) -> None:
-    with pytest.raises(ValueError, match=f"stack must be from 1 to 3 .* not {stack}"):
-        DenseMixture(mixture, torch.float32, stack)
-
-
-def test_stacked_experts_give_every_experts_logits(mixture: Mixture, images: torch.Tensor) -> None:
-    folded = fold_batch_norms(copy.deepcopy(mixture))
-    with torch.no_grad():
-        expected = torch.stack([expert(images) for expert in mixture.experts], dim=1)
-        got = StackedExperts(list(folded.experts))(images)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_experts_with_batch_norms_are_not_stacked(mixture: Mixture) -> None:
-    with pytest.raises(ValueError, match=r"after the expert's stem\.0 is not folded"):
-        StackedExperts(list(mixture.experts))
 
 
 @pytest.mark.parametrize("k", KS)
