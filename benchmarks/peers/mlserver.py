@@ -1,4 +1,8 @@
-"""Peer: MLServer with its adaptive batching, over the Open Inference Protocol: the PNG file as base64 in a BYTES tensor."""
+"""Peer: MLServer with its adaptive batching, over the Open Inference Protocol: the PNG file as base64 in a BYTES tensor.
+
+The model runs in the server's own process, on all cores: a parallel worker is no faster on two, and starts later. Custom routes
+would not be batched. ``uvloop`` is kept below 0.22: later ones fail where code asks for an event loop and none is set.
+"""
 
 from __future__ import annotations
 
