@@ -110,7 +110,7 @@ def check(contender: Contender, server: Server, requests: Requests, reference: R
     """Ask for all images from many callers at once and compare the answers."""
     with ThreadPoolExecutor(CALLERS) as callers:
         answers = list(callers.map(lambda number: ask(server.url, requests, number), range(len(requests.bodies))))
-    reference.check(contender.name, [contender.read(answer, reference.labels) for answer in answers])
+    reference.check(contender.name, [contender.read(answer, reference.labels) for answer in answers], contender.tolerance)
 
 
 def at_half_load(server: Server, requests: Requests, rate: float, seconds: int, seed: int) -> Figures:

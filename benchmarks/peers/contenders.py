@@ -12,7 +12,9 @@ from typing import Any
 
 from benchmarks.load import Requests
 from benchmarks.peers import environments
+from benchmarks.peers.reference import TOLERANCE
 from benchmarks.running_service import UNLIMITED
+from model import execution
 
 Answer = tuple[str, Mapping[str, float]]
 """A label, and the scores by label."""
@@ -70,6 +72,7 @@ class Contender:
         headers: Of each request.
         body: Makes a request's body from a PNG file.
         read: Understands an answer, parsed from JSON.
+        tolerance: How far its scores may be from the model's.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Contender:
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "image/png"})
     body: Callable[[bytes], bytes] = _as_it_is
     read: Callable[[Any, Sequence[str]], Answer] = _named
+    tolerance: float = TOLERANCE
 
     def programs(self) -> Path:
         """Return the folder of its programs, installed now if they were not."""
@@ -93,7 +97,10 @@ PALISADE = "palisade"
 
 
 def palisade(settings: Mapping[str, str]) -> Contender:
-    """Return Palisade with settings, quotas and answer cache off: every request is computed, as the peers do."""
+    """Return Palisade with settings, quotas and answer cache off: every request is computed, as the peers do.
+
+    Answers in int8 are taken for right only if the settings say ``precision=int8``: such figures must not pass for others.
+    """
     chosen = {"port": "{port}", "metrics_port": "0", **UNLIMITED, **settings}
     return Contender(
         name=PALISADE,
@@ -101,6 +108,7 @@ def palisade(settings: Mapping[str, str]) -> Contender:
         environment={f"PALISADE_{name.upper()}": value for name, value in chosen.items()},
         path="/v1/classify",
         read=_palisade,
+        tolerance=execution.TOLERANCE["int8"] if settings.get("precision") == "int8" else TOLERANCE,
     )
 
 
