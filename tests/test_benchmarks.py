@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, decoding, growth, overload, serving_latency, training_throughput
+from benchmarks import ablation, decoding, fast_path, growth, overload, serving_latency, training_throughput
 from benchmarks.bare import measure, timed
 from benchmarks.client_cost import ANSWER, Answering, serving
 from benchmarks.load import OpenLoop, closed_loop, open_loop, probe, schedule, single_images, tensors, write_load
 from benchmarks.peers import compare, environments
 from benchmarks.running_service import add_settings_option, family, running_service
 from model import load_checkpoint
+from model.checkpoint import read_header
+from model.tensors import stored_shapes
 from service.settings import Settings
 
 ARMS = "baseline;baseline, twice the epochs;CutMix, alpha 1;joint: baseline;joint: logits mixed;joint: top-2 in training"
@@ -314,3 +318,37 @@ def test_the_comparison_says_which_peers_there_are(
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(peer in shown for peer in environments.PEERS)
+
+
+def test_the_fast_path_is_compared_with_the_better_straightforward_loop_of_the_same_round(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--device",
+        "cpu",
+        "--batch-sizes",
+        "1,2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--only",
+        "openvino-float32-x1",
+    ]
+    result = json.loads(run(fast_path, monkeypatch, capsys, arguments)[-1])
+    for rows in result["images_per_s"].values():
+        assert rows.keys() == {"reference-float32", "reference-bfloat16", "openvino-float32-x1"}
+        base = max(rows["reference-float32"]["median"], rows["reference-bfloat16"]["median"])
+        for name, row in rows.items():
+            assert row["ratio"]["median"] == pytest.approx(row["median"] / base)
+            yardstick = result["matrix_flop_per_s"][name.split("-")[1]]["median"]
+            assert row["share"] == pytest.approx(result["flop_per_image"] * row["median"] / yardstick)
+    flop = 0.0
+    for name, shape in stored_shapes(read_header("compact").architecture).items():
+        if len(shape) == 4:  # a convolution; its output's side follows from where it stands
+            found = re.search(r"(features|blocks)\.(\d+)", name)
+            side = 32
+            if found:
+                side = 16 >> int(found[2]) // 3 if found[1] == "features" else 32 >> int(found[2]) // 2
+            flop += 2 * math.prod(shape) * side**2
+    assert result["flop_per_image"] == pytest.approx(flop, rel=0.001)  # the last layers are next to nothing
