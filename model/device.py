@@ -52,6 +52,11 @@ def native_bfloat16(device: str) -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def has_openvino() -> bool:
     """Tell whether OpenVINO is installed (extra ``cpu``)."""
     return find_spec("openvino") is not None
@@ -88,8 +93,7 @@ def processor(device: str) -> tuple[str, str]:
     """
     if device == "cpu":
         name, flags = _cpu()
-        cores = len(os.sched_getaffinity(0))
-        shown, identity = f"{name}, {cores} cores", f"{name}\0{' '.join(sorted(flags))}\0{cores}"
+        shown, identity = f"{name}, {cores()} cores", f"{name}\0{' '.join(sorted(flags))}\0{cores()}"
     else:
         import torch
 

@@ -6,16 +6,15 @@ Importing this does not import torch; only executions that need it do.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from model.checkpoint import Header, read_header, read_weights
-from model.device import available, choose_device
+from model.device import available, choose_device, cores
 from model.plan import ExecutionName, Plan, default_plan
 from model.tuned import Identity, Tuning, artefact, default_folder, find
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from model.fast import Prediction as Tensors
+    from model.openvino import OpenVinoMixture
 
 __all__ = [
     "TOLERANCE",
@@ -160,7 +160,7 @@ def load_fast_path(
         try:
             files = _files(folder, identity, plan)
             executions = make_executions(plan.executions, checkpoint, device, top_k, threads, max_batch_size, files)
-            lanes, shared = _share(plan, checkpoint, top_k, threads, files)
+            lanes, shared = _share(executions, threads)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             log.warning("%s: the tuned plan (%s) fails: %s; the default one is used", folder, plan, str(error).strip())
         else:
@@ -172,23 +172,20 @@ def load_fast_path(
         )
     plan = default_plan(header.architecture, device, precision, top_k)
     executions = make_executions(plan.executions, checkpoint, device, top_k, threads, max_batch_size)
-    lanes, shared = _share(plan, checkpoint, top_k, threads)
+    lanes, shared = _share(executions, threads)
     return FastPath(header, plan, executions, device, "chosen by default", max_batch_size, lanes, shared)
 
 
-def _share(
-    plan: Plan, checkpoint: str | Path, top_k: int | None, threads: int, files: Mapping[str, Path] | None = None
-) -> tuple[int, dict[str, Execution] | None]:
-    """Return how many batches may run at a time, and the plan's executions for that.
+def _share(executions: Mapping[str, Execution], threads: int) -> tuple[int, dict[str, Execution] | None]:
+    """Return how many batches may run at a time, and the executions for that.
 
-    On a processor that also serves HTTP, a batch that takes all cores waits at every layer for the core that does something
-    else at that moment. Batches on a share of the cores each wait for nobody.
+    On a processor that also serves HTTP, a batch that takes all cores waits for the core that does something else at that
+    moment. Batches on a share of the cores each wait for nobody.
     """
-    parsed = {name: ExecutionName.parse(name) for name in plan.executions}
-    lanes = min(MOST_LANES, threads or len(os.sched_getaffinity(0)))
-    if lanes < 2 or any(what.kind != "openvino" for what in parsed.values()):
+    lanes = min(MOST_LANES, threads or cores())
+    if lanes < 2 or any(ExecutionName.parse(name).kind != "openvino" for name in executions):
         return 1, None
-    return lanes, _make_openvino(parsed, checkpoint, top_k, threads, files or {}, lanes)
+    return lanes, {name: cast("OpenVinoMixture", each).lane(lanes) for name, each in executions.items()}
 
 
 def check_top_k(header: Header, top_k: int | None) -> int | None:
@@ -259,7 +256,6 @@ def _make_openvino(
     top_k: int | None,
     threads: int,
     files: Mapping[str, Path],
-    streams: int = 1,
 ) -> dict[str, Execution]:
     from model.openvino import OpenVinoMixture
 
@@ -267,9 +263,9 @@ def _make_openvino(
     made: dict[str, Execution] = {}
     for name, what in names.items():
         if what.precision == "int8":
-            made[name] = OpenVinoMixture.from_file(_file(name, files), what.stack, threads, streams)
+            made[name] = OpenVinoMixture.from_file(_file(name, files), what.stack, threads)
         else:
-            made[name] = OpenVinoMixture(header.architecture, weights, what.precision, what.stack, top_k, threads, streams)
+            made[name] = OpenVinoMixture(header.architecture, weights, what.precision, what.stack, top_k, threads)
     return made
 
 

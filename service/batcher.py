@@ -248,7 +248,7 @@ class Batcher:
         """Run a free lane's share of what waits; a free lane is certain."""
         lanes = self._engine.lanes
         idle = not self._running
-        alone = lanes == 1 or (idle and self._waiting == 1)
+        alone = lanes == 1 or (idle and len(self._queue) == 1)
         # A busy lane will want its share of what waits, too.
         room = self._max_batch if alone else min(-(-self._max_batch // lanes), -(-self._waiting // lanes))
         batch = self._take_batch(room)
