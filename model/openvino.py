@@ -117,11 +117,13 @@ class _Stacked:
         self._idle: SimpleQueue[openvino.InferRequest] = SimpleQueue()
         for _ in range(threads):
             self._idle.put(streams.create_infer_request())
+        self._alone = Lock()
         self._taking = Lock()  # one caller at a time takes what it needs, so that no two wait for each other's
 
     def __call__(self, images: Images) -> Prediction:
         if len(images) == 1 < self._threads:
-            return Prediction(*_outputs(_run([(self._gang, images)])[0]))
+            with self._alone:
+                return Prediction(*_outputs(_run([(self._gang, images)])[0]))
         return self._run(images, self._threads)
 
     def lane(self, lanes: int) -> Callable[[Images], Prediction]:

@@ -111,8 +111,8 @@ class Batcher:
     is likely to double it: below that load a window costs every caller its length and gains nothing.
 
     Args:
-        engine: Runs the batches; as many at a time as it has lanes. A single image that finds the engine idle runs alone,
-            which is soonest done; more are spread over the lanes, and each lane goes on by itself.
+        engine: Runs the batches; as many at a time as it has lanes. A request that finds the engine idle and nobody else
+            waiting runs alone, which is soonest done; several are spread over the lanes, and each lane goes on by itself.
         max_batch_size: Most images of a batch; larger requests are split.
         max_queue_delay_s: Longest delay window.
         max_queue_images: Queue places.

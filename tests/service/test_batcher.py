@@ -390,21 +390,32 @@ async def test_drain_finishes_what_was_accepted_and_refuses_the_rest() -> None:
         assert [values(await task) for task in accepted] == [[1], [2], [3]]
 
 
-async def test_a_single_image_at_an_idle_engine_runs_alone_and_nothing_beside_it() -> None:
+async def test_a_request_that_finds_the_engine_idle_and_nobody_else_waiting_runs_alone_and_nothing_beside_it() -> None:
     async with Bench(batch=8, automatic=False, lanes=2) as bench:
-        first = bench.send(1)
+        first = bench.send(0, 1)
         await settle()
-        second = bench.send(2, 3, 4, 5, 6, 7)
+        others = [bench.send(2, 3, 4), bench.send(5, 6, 7)]
         await settle()
-        assert bench.engine.batches == [[1]]
+        assert bench.engine.batches == [[0, 1]]
         assert bench.engine.alone == [True]
         await bench.engine.finish()
-        assert values(await first) == [1]
+        assert values(await first) == [0, 1]
         assert bench.engine.batches[1:] == [[2, 3, 4], [5, 6]], "the other lane is not left idle now"
         assert bench.engine.alone[1:] == [False, False]
         for _ in range(3):
             await bench.engine.finish()
-        assert values(await second) == [2, 3, 4, 5, 6, 7]
+        assert [values(await other) for other in others] == [[2, 3, 4], [5, 6, 7]]
+
+
+async def test_a_large_request_that_nobody_shares_the_engine_with_runs_in_full_batches() -> None:
+    async with Bench(batch=7, automatic=False, lanes=2) as bench:
+        answer = bench.send(*range(20))
+        await settle()
+        for _ in range(3):
+            await bench.engine.finish()
+        assert [len(batch) for batch in bench.engine.batches] == [7, 7, 6]
+        assert bench.engine.alone == [True, True, True]
+        assert values(await answer) == list(range(20))
 
 
 @pytest.mark.parametrize(("lanes", "first"), [(1, [12]), (2, [6, 3]), (3, [4, 3, 2]), (4, [3, 3, 2, 1])])
@@ -421,12 +432,12 @@ async def test_many_images_are_spread_over_the_lanes(lanes: int, first: list[int
 
 async def test_a_lane_takes_no_more_than_its_share_of_a_batch() -> None:
     async with Bench(batch=7, automatic=False, lanes=2) as bench:
-        answer = bench.send(*range(20))
+        answers = [bench.send(*range(13)), bench.send(*range(13, 20))]
         await settle()
         assert [len(batch) for batch in bench.engine.batches] == [4, 4]  # half of seven, rounded up
         for _ in range(20):
             await bench.engine.finish()
-        assert values(await answer) == list(range(20))
+        assert [values(await answer) for answer in answers] == [[*range(13)], [*range(13, 20)]]
         assert max(len(batch) for batch in bench.engine.batches) == 4
 
 
@@ -470,12 +481,13 @@ async def test_a_batch_that_fails_leaves_the_other_lane_alone() -> None:
 async def test_a_batcher_that_is_stopped_stops_its_batches(lanes: int) -> None:
     bench = Bench(batch=3, automatic=False, lanes=lanes)
     async with bench:
-        asked = bench.send(*range(6))
+        asked = [bench.send(*range(3)), bench.send(*range(3))]
         await settle()
         assert len(bench.engine.batches) == lanes
     await settle()
     assert bench.engine.stopped == lanes
-    asked.cancel()
+    for each in asked:
+        each.cancel()
 
 
 steps = st.lists(
