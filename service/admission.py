@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from service.batcher import Batcher, Places
 from service.identity import Caller
 from service.metrics import Metrics
-from service.problems import quota_exceeded, too_large
-from service.quota import Charge, Level, Limiter, QuotaExceededError, RequestTooLargeError
+from service.problems import quota_exceeded, quota_unknown, too_large
+from service.quota import BudgetUnknownError, Charge, Level, Limiter, QuotaExceededError, RequestTooLargeError
 
 
 @dataclass
@@ -21,12 +21,16 @@ class Ticket:
         places: Its queue places.
         charge: What its caller was charged; ``None`` without a quota.
         levels: What was left of the caller's quota after the charge.
+        policy: Name of the policy that protects the answer: the caller's tier, or a stricter one.
+        version: Of the model that answered, once one has.
     """
 
     caller: Caller
     places: Places
     charge: Charge | None
     levels: list[Level]
+    policy: str
+    version: str = ""
 
 
 class Admission:
@@ -43,7 +47,7 @@ class Admission:
         self._limiters = limiters
         self._metrics = metrics
 
-    def admit(self, caller: Caller, images: int) -> Ticket:
+    async def admit(self, caller: Caller, images: int) -> Ticket:
         """Hold places and charge quota for ``images``; :meth:`settle` the ticket when the request is over.
 
         Raises:
@@ -51,11 +55,11 @@ class Admission:
         """
         places = self._batcher.reserve(images)
         try:
-            charge = self._charge(caller, images)
+            charge = await self._charge(caller, images)
         except BaseException:
             self._batcher.release(places)
             raise
-        return Ticket(caller, places, charge, self.levels(caller))
+        return Ticket(caller, places, charge, charge.levels if charge else [], caller.tier)
 
     def settle(self, ticket: Ticket, refund: bool) -> None:
         """Give a ticket's places back and, if the request failed, its quota."""
@@ -65,22 +69,22 @@ class Admission:
             limiter.refund(ticket.charge)
             ticket.charge = None
 
-    def levels(self, caller: Caller) -> list[Level]:
+    async def levels(self, caller: Caller) -> list[Level]:
         """Return what is left of a caller's quota; empty for a tier without one."""
         limiter = self._limiters.get(caller.tier)
-        return limiter.levels(caller.id) if limiter else []
+        return await limiter.levels(caller.id) if limiter else []
 
-    def _charge(self, caller: Caller, images: int) -> Charge | None:
+    async def _charge(self, caller: Caller, images: int) -> Charge | None:
         limiter = self._limiters.get(caller.tier)
         if limiter is None:
             return None
         try:
-            return limiter.charge(caller.id, images)
+            return await limiter.charge(caller.id, images)
         except RequestTooLargeError as error:
-            detail = (
-                f"{images} images in one request, but the quota is {error.window.quota} per {error.window.name}: send fewer"
-            )
-            raise too_large(detail) from error
+            limit = f"{error.window.quota} {'in all' if error.window.seconds is None else 'per ' + error.window.name}"
+            raise too_large(f"{images} images in one request, but the quota is {limit}: send fewer") from error
         except QuotaExceededError as error:
             self._metrics.quota_denied.labels(caller.tier, error.level.window.name).inc()
             raise quota_exceeded(error.level.window.name, error.level.reset_s) from error
+        except BudgetUnknownError as error:
+            raise quota_unknown() from error

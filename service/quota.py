@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "lifetime": None}
 
 
 @dataclass(frozen=True)
@@ -17,23 +19,23 @@ class Window:
     Attributes:
         name: The unit's name, as callers see it.
         quota: Images.
-        seconds: Length.
+        seconds: Length; ``None`` for a window that never ends.
     """
 
     name: str
     quota: int
-    seconds: int
+    seconds: int | None
 
 
 def parse_windows(text: str) -> tuple[Window, ...]:
-    """Parse ``"60/minute;2000/day"``; an empty text means no limit.
+    """Parse ``"60/minute;2000/day;20000/lifetime"``; an empty text means no limit.
 
     Raises:
-        ValueError: A window is not ``<images>/<second|minute|hour|day>`` or a unit comes twice.
+        ValueError: A window is not ``<images>/<second|minute|hour|day|lifetime>`` or a unit comes twice.
     """
     windows = []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        match = re.fullmatch(r"([1-9][0-9]{0,11})\s*/\s*(second|minute|hour|day)", part)
+        match = re.fullmatch(r"([1-9][0-9]{0,11})\s*/\s*(second|minute|hour|day|lifetime)", part)
         if match is None:
             raise ValueError(
                 f"'{part}' is not a limit; write images/unit with unit {', '.join(SECONDS)}, as 60/minute;2000/day"
@@ -44,16 +46,21 @@ def parse_windows(text: str) -> tuple[Window, ...]:
     return tuple(windows)
 
 
-@dataclass(frozen=True)
-class Level:
-    """How full one window of a caller is: ``remaining`` images and ``reset_s`` seconds until it starts anew."""
+class Level(NamedTuple):
+    """How full one window of a caller is.
+
+    Attributes:
+        window: The window.
+        remaining: Images left in it.
+        reset_s: Seconds until it starts anew; ``None`` if it never does.
+    """
 
     window: Window
     remaining: int
-    reset_s: float
+    reset_s: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Charge:
     """Images that were charged; give it to :meth:`Limiter.refund` when the request fails.
 
@@ -61,19 +68,32 @@ class Charge:
         caller: Who was charged.
         images: How many.
         starts: Start of each window at the time, so that a refund never credits a later one.
+        levels: What is left after it.
+        is_local: Whether this process counted it in place of a store that was away.
     """
 
     caller: str
     images: int
-    starts: tuple[float, ...]
+    starts: Sequence[float]
+    levels: list[Level]
+    is_local: bool = False
 
 
 class QuotaExceededError(Exception):
-    """A window has no room for a request; nothing was charged."""
+    """A window has no room for a request; nothing was charged.
 
-    def __init__(self, level: Level) -> None:
-        super().__init__(f"{level.window.name} window has {level.remaining} images left")
-        self.level = level
+    Args:
+        levels: The caller's windows.
+        images: What it asked for.
+
+    Attributes:
+        level: Of the windows without room the one that starts anew last.
+    """
+
+    def __init__(self, levels: Sequence[Level], images: int) -> None:
+        full = [level for level in levels if images > level.remaining]
+        self.level = max(full, key=lambda level: math.inf if level.reset_s is None else level.reset_s)
+        super().__init__(f"{self.level.window.name} window has {self.level.remaining} images left")
 
 
 class RequestTooLargeError(Exception):
@@ -84,17 +104,47 @@ class RequestTooLargeError(Exception):
         self.window = window
 
 
-@dataclass
+class BudgetUnknownError(Exception):
+    """The limiter's store is down, and without it nobody may use a long window; nothing was charged."""
+
+
+class Limiter(Protocol):
+    """Counts the images of one tier's callers. All windows of a caller are checked and charged in one atomic step."""
+
+    async def charge(self, caller: str, images: int) -> Charge:
+        """Charge ``images`` to every window of ``caller``, or to none.
+
+        Raises:
+            RequestTooLargeError: Waiting would not help.
+            QuotaExceededError: A window is full.
+            BudgetUnknownError: It can't be told at the moment.
+        """
+        ...
+
+    def refund(self, charge: Charge) -> None:
+        """Take back a charge, in the windows that have not started anew since; the caller's next charge knows of it."""
+        ...
+
+    async def levels(self, caller: str) -> list[Level]:
+        """Return how full each of a caller's windows is now."""
+        ...
+
+
+def check_possible(windows: Sequence[Window], images: int) -> None:
+    """Raise :class:`RequestTooLargeError` if a window could never grant so many images."""
+    for window in windows:
+        if images > window.quota:
+            raise RequestTooLargeError(window)
+
+
+@dataclass(slots=True)
 class _Usage:
     start: float
     used: int
 
 
-class Limiter:
-    """Counts every caller's images in memory.
-
-    All windows of a caller are checked and charged in one step: a refused request is charged nothing. Not for several
-    threads: the event loop calls it.
+class MemoryLimiter:
+    """A :class:`Limiter` in this process's memory. Not for several threads: the event loop calls it.
 
     Args:
         windows: The windows that every caller has.
@@ -108,27 +158,26 @@ class Limiter:
         self._clock = clock
         self._callers: OrderedDict[str, list[_Usage]] = OrderedDict()
 
-    def charge(self, caller: str, images: int) -> Charge:
-        """Charge ``images`` to every window of ``caller``, or to none.
-
-        Raises:
-            RequestTooLargeError: Waiting would not help.
-            QuotaExceededError: Waiting helps; of several full windows the one that resets last is named.
-        """
-        for window in self.windows:
-            if images > window.quota:
-                raise RequestTooLargeError(window)
-        full = [level for level in self.levels(caller) if images > level.remaining]
-        if full:
-            raise QuotaExceededError(max(full, key=lambda level: level.reset_s))
-        usages = self._usages(caller)
+    async def charge(self, caller: str, images: int) -> Charge:
+        """Charge ``images`` to every window of ``caller``, or to none; see :class:`Limiter`."""
+        check_possible(self.windows, images)
         now = self._clock()
+        usages = self._callers.get(caller)
+        levels = self._levels(usages, now)
+        for level in levels:
+            if images > level.remaining:
+                raise QuotaExceededError(levels, images)
+        if usages is None:
+            usages = self._remember(caller, now)
+        else:
+            self._callers.move_to_end(caller)
+        starts = []
         for window, usage in zip(self.windows, usages, strict=True):
-            if now - usage.start >= window.seconds:
+            if window.seconds is not None and now - usage.start >= window.seconds:
                 usage.start, usage.used = now, 0
             usage.used += images
-        self._callers.move_to_end(caller)
-        return Charge(caller, images, tuple(usage.start for usage in usages))
+            starts.append(usage.start)
+        return Charge(caller, images, starts, [Level(window, left - images, reset_s) for window, left, reset_s in levels])
 
     def refund(self, charge: Charge) -> None:
         """Take back a charge, in the windows that have not started anew since."""
@@ -136,31 +185,38 @@ class Limiter:
             if usage.start == start:
                 usage.used -= charge.images
 
-    def levels(self, caller: str) -> list[Level]:
+    async def levels(self, caller: str) -> list[Level]:
         """Return how full each of a caller's windows is now."""
-        now = self._clock()
+        return self._levels(self._callers.get(caller), self._clock())
+
+    def _levels(self, usages: list[_Usage] | None, now: float) -> list[Level]:
         levels = []
-        usages = self._callers.get(caller) or [_Usage(now, 0) for _ in self.windows]
-        for window, usage in zip(self.windows, usages, strict=True):
-            if now - usage.start >= window.seconds:
+        for window, usage in zip(self.windows, usages or [_Usage(now, 0) for _ in self.windows], strict=True):
+            if window.seconds is None:
+                levels.append(Level(window, window.quota - usage.used, None))
+            elif now - usage.start >= window.seconds:
                 levels.append(Level(window, window.quota, float(window.seconds)))
             else:
                 levels.append(Level(window, window.quota - usage.used, usage.start + window.seconds - now))
         return levels
 
-    def _usages(self, caller: str) -> list[_Usage]:
-        usages = self._callers.get(caller)
-        if usages is None:
-            usages = self._callers[caller] = [_Usage(self._clock(), 0) for _ in self.windows]
-            if len(self._callers) > self._max_callers:
-                self._callers.popitem(last=False)
+    def _remember(self, caller: str, now: float) -> list[_Usage]:
+        usages = self._callers[caller] = [_Usage(now, 0) for _ in self.windows]
+        if len(self._callers) > self._max_callers:
+            self._callers.popitem(last=False)
         return usages
 
 
 def rate_limit_headers(levels: Sequence[Level]) -> dict[str, str]:
-    """Return ``RateLimit`` and ``RateLimit-Policy`` (IETF draft ratelimit-headers); empty without windows."""
+    """Return ``RateLimit`` and ``RateLimit-Policy`` (IETF draft ratelimit-headers); empty without windows.
+
+    Quotas are in images, times in seconds, rounded up so that whoever waits as long as it says does not come too early. A
+    window that never ends has no ``w`` and no ``t``.
+    """
     if not levels:
         return {}
-    policy = ", ".join(f'"{level.window.name}";q={level.window.quota};w={level.window.seconds}' for level in levels)
-    state = ", ".join(f'"{level.window.name}";r={level.remaining};t={max(0, round(level.reset_s))}' for level in levels)
-    return {"RateLimit-Policy": policy, "RateLimit": state}
+    policy, state = [], []
+    for window, remaining, reset_s in levels:
+        policy.append(f'"{window.name}";q={window.quota}' + ("" if window.seconds is None else f";w={window.seconds}"))
+        state.append(f'"{window.name}";r={remaining}' + ("" if reset_s is None else f";t={max(0, math.ceil(reset_s))}"))
+    return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(state)}

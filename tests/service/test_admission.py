@@ -10,7 +10,7 @@ from service.batcher import Batcher
 from service.identity import Caller
 from service.metrics import Metrics
 from service.problems import Problem
-from service.quota import Limiter, parse_windows
+from service.quota import Limiter, MemoryLimiter, parse_windows
 
 
 class NoEngine:
@@ -31,31 +31,33 @@ class Desk:
     def __init__(self, limits: str | None, places: int = 10) -> None:
         self.metrics = Metrics()
         self.batcher = Batcher(NoEngine(), 4, 0.0, places, self.metrics)
-        limiters = {} if limits is None else {"anonymous": Limiter(parse_windows(limits), 100, lambda: 1000.0)}
+        limiters: dict[str, Limiter] = {}
+        if limits is not None:
+            limiters["anonymous"] = MemoryLimiter(parse_windows(limits), 100, lambda: 1000.0)
         self.admission = Admission(self.batcher, limiters, self.metrics)
 
-    def left(self, caller: Caller = ANN) -> int:
-        (level,) = self.admission.levels(caller)
+    async def left(self, caller: Caller = ANN) -> int:
+        (level,) = await self.admission.levels(caller)
         return level.remaining
 
 
 async def test_an_answered_request_stays_charged_and_gives_its_places_back() -> None:
     desk = Desk("5/minute")
-    ticket = desk.admission.admit(ANN, 3)
+    ticket = await desk.admission.admit(ANN, 3)
     assert desk.batcher.queued_images == 3
     assert [level.remaining for level in ticket.levels] == [2]
     desk.admission.settle(ticket, refund=False)
     assert desk.batcher.queued_images == 0
-    assert desk.left() == 2
-    assert desk.left(BOB) == 5
+    assert await desk.left() == 2
+    assert await desk.left(BOB) == 5
 
 
 async def test_a_failed_request_is_refunded_once_and_gives_its_places_back() -> None:
     desk = Desk("5/minute")
-    kept, failed = desk.admission.admit(ANN, 1), desk.admission.admit(ANN, 3)
+    kept, failed = await desk.admission.admit(ANN, 1), await desk.admission.admit(ANN, 3)
     for _ in range(2):
         desk.admission.settle(failed, refund=True)
-    assert desk.left() == 4
+    assert await desk.left() == 4
     assert desk.batcher.queued_images == 1
     desk.admission.settle(kept, refund=False)
     assert desk.batcher.queued_images == 0
@@ -63,14 +65,14 @@ async def test_a_failed_request_is_refunded_once_and_gives_its_places_back() -> 
 
 async def test_a_request_over_quota_is_a_429_that_says_when_to_come_back_and_holds_nothing() -> None:
     desk = Desk("5/minute")
-    desk.admission.settle(desk.admission.admit(ANN, 4), refund=False)
+    desk.admission.settle(await desk.admission.admit(ANN, 4), refund=False)
     with pytest.raises(Problem) as refusal:
-        desk.admission.admit(ANN, 2)
+        await desk.admission.admit(ANN, 2)
     assert refusal.value.status == 429
     assert refusal.value.headers["Retry-After"] == "60"
     assert "minute" in refusal.value.detail
     assert desk.batcher.queued_images == 0
-    assert desk.left() == 1
+    assert await desk.left() == 1
     denied = desk.metrics.registry.get_sample_value("palisade_quota_denied_total", {"tier": "anonymous", "window": "minute"})
     assert denied == 1
 
@@ -78,20 +80,32 @@ async def test_a_request_over_quota_is_a_429_that_says_when_to_come_back_and_hol
 async def test_a_request_that_the_quota_could_never_grant_is_a_413_and_holds_nothing() -> None:
     desk = Desk("5/minute")
     with pytest.raises(Problem, match="5 per minute") as refusal:
-        desk.admission.admit(ANN, 6)
+        await desk.admission.admit(ANN, 6)
     assert refusal.value.status == 413
     assert desk.batcher.queued_images == 0
-    assert desk.left() == 5
+    assert await desk.left() == 5
+
+
+async def test_a_quota_that_is_used_up_for_good_is_a_429_that_asks_nobody_to_come_back() -> None:
+    desk = Desk("9/minute;5/lifetime")
+    desk.admission.settle(await desk.admission.admit(ANN, 5), refund=False)
+    with pytest.raises(Problem, match="for good") as refusal:
+        await desk.admission.admit(ANN, 1)
+    assert (refusal.value.status, refusal.value.headers) == (429, {})
+    with pytest.raises(Problem, match="5 in all") as too_large:
+        await desk.admission.admit(BOB, 6)
+    assert too_large.value.status == 413
+    assert desk.batcher.queued_images == 0
 
 
 async def test_a_full_queue_is_a_503_that_charges_nothing() -> None:
     desk = Desk("50/minute", places=4)
-    desk.admission.admit(ANN, 3)
+    await desk.admission.admit(ANN, 3)
     with pytest.raises(Problem) as refusal:
-        desk.admission.admit(BOB, 2)
+        await desk.admission.admit(BOB, 2)
     assert refusal.value.status == 503
     assert "Retry-After" in refusal.value.headers
-    assert desk.left(BOB) == 50
+    assert await desk.left(BOB) == 50
     assert desk.batcher.queued_images == 3
 
 
@@ -99,6 +113,6 @@ async def test_a_tier_without_a_limiter_is_limited_by_the_queue_alone() -> None:
     desk = Desk("5/minute")
     friend = Caller("key:0123abcd", "trusted")
     for _ in range(20):
-        desk.admission.settle(desk.admission.admit(friend, 10), refund=False)
-    assert desk.admission.levels(friend) == []
-    assert desk.left() == 5
+        desk.admission.settle(await desk.admission.admit(friend, 10), refund=False)
+    assert await desk.admission.levels(friend) == []
+    assert await desk.left() == 5
