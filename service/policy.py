@@ -9,6 +9,10 @@ import numpy as np
 
 from service.quota import Window
 
+BEND = 0.2
+"""``gamma`` of the reverse sigmoid: how far from 0 and 1 the bending reaches."""
+TINY = 1e-12
+
 
 @dataclass(frozen=True)
 class Protected:
@@ -35,6 +39,7 @@ class Policy:
         top_n: Scores shown, the largest ones; 0 shows all.
         label_only: Show no probabilities at all.
         windows: Quotas of images, none for no limit.
+        reverse_sigmoid: How much probabilities are bent before they are rounded, in ``[0, 1]``; 0 does not bend them.
     """
 
     tier: str
@@ -42,17 +47,22 @@ class Policy:
     top_n: int = 0
     label_only: bool = False
     windows: tuple[Window, ...] = ()
+    reverse_sigmoid: float = 0.0
 
     def protect(self, probabilities: np.ndarray) -> Protected:
         """Return what may leave of exact probabilities ``(N, C)``.
 
         The class is that of the exact probabilities. Rounding is half to even and keeps order, so the class's rounded
-        probability is never below another's; rounded probabilities need not sum to 1.
+        probability is never below another's; rounded probabilities need not sum to 1: with ``C`` classes they sum to 1 within
+        ``C / 2`` grains, and to less where ``top_n`` hides some. Rounding once more changes nothing; bending once more does.
         """
         best = probabilities.argmax(axis=1)  # (N,)
         if self.label_only:
             return Protected(best)
-        rounded = np.round(probabilities.astype(np.float64), self.decimals) + 0.0  # (N, C); + 0.0 turns -0.0 into 0.0
+        exact = probabilities.astype(np.float64)
+        if self.reverse_sigmoid:
+            exact = bend(exact, best, self.reverse_sigmoid)
+        rounded = np.round(exact, self.decimals) + 0.0  # (N, C); + 0.0 turns -0.0 into 0.0
         # Ordered by the rounded scores: the order of the exact ones would tell ties apart. The answer comes first among its
         # ties; half a grain never lifts it above a larger score.
         ranked = rounded.copy()
@@ -65,6 +75,42 @@ class Policy:
             rounded = kept
         return Protected(best, rounded, shown)
 
+    def is_as_strict_as(self, other: Policy) -> bool:
+        """Tell whether this policy shows nothing of an answer that ``other`` hides."""
+        if self.label_only or other.label_only:
+            return self.label_only
+        shows_no_more = not other.top_n or 0 < self.top_n <= other.top_n
+        return self.decimals <= other.decimals and shows_no_more and self.reverse_sigmoid >= other.reverse_sigmoid
+
     def describe(self) -> dict[str, Any]:
         """Return the policy as its callers may see it."""
         return {"tier": self.tier, "decimals": self.decimals, "top_n": self.top_n or None, "label_only": self.label_only}
+
+
+def bend(probabilities: np.ndarray, best: np.ndarray, strength: float) -> np.ndarray:
+    """Return probabilities that mislead who trains on them: a reverse sigmoid, which draws large and small ones to the middle.
+
+    After Lee et al., "Defending against neural network model stealing attacks using deceptive perturbations" (2019): ``y``
+    turns into ``y - strength (s(gamma logit(y)) - 1/2)``, with the logistic function ``s``, and the row is made to sum to 1
+    again. Many different ``y`` come out nearly alike, so it can't be undone exactly. Unlike the paper's, a row whose class
+    would change is mixed with the exact one, as much as it takes for the class to stay the largest.
+
+    Args:
+        probabilities: ``(N, C)`` float64, rows that sum to 1.
+        best: Their classes, ``(N,)``.
+        strength: ``beta`` of the paper, in ``[0, 1]``.
+
+    Returns:
+        ``(N, C)``, in ``[0, 1]``, rows that sum to 1 within the precision of the sum; the same for the same row.
+    """
+    rows = np.arange(len(best))
+    inside = np.clip(probabilities, TINY, 1 - TINY)
+    odds = (inside / (1 - inside)) ** BEND  # s(gamma logit(y)) = odds / (1 + odds)
+    bent = np.maximum(probabilities - strength * (odds / (1 + odds) - 0.5), 0.0)
+    bent /= bent.sum(axis=1, keepdims=True)
+    lead = probabilities[rows, best][:, None] - probabilities  # (N, C), of the class before the others; never negative
+    left = bent[rows, best][:, None] - bent
+    share = np.where(left < 0, lead / np.where(left < 0, lead - left, 1.0), 1.0).min(axis=1, keepdims=True)  # (N, 1)
+    mixed = share * bent + (1 - share) * probabilities
+    mixed[rows, best] = mixed.max(axis=1)  # the last bits of a tie
+    return np.asarray(mixed.clip(0.0, 1.0))

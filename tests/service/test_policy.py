@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.classify import predictions_of
-from service.policy import Policy
+from service.policy import Policy, bend
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
 
@@ -94,3 +94,69 @@ def test_label_only_shows_nothing_else() -> None:
 def test_a_policy_describes_itself(top_n: int, shown: int | None) -> None:
     expected = {"tier": "anonymous", "decimals": 2, "top_n": shown, "label_only": False}
     assert Policy("anonymous", 2, top_n).describe() == expected
+
+
+@given(exact=probability_rows(), strength=st.floats(0, 1), decimals=st.integers(0, 6), top_n=st.integers(0, 8))
+@settings(max_examples=300, deadline=None)
+def test_bent_answers_keep_the_label_and_the_grid(exact: np.ndarray, strength: float, decimals: int, top_n: int) -> None:
+    policy = Policy("anonymous", decimals, top_n, reverse_sigmoid=strength)
+    text = orjson.dumps(answer(policy, exact))
+    assert text == orjson.dumps(answer(policy, exact.copy())), "the same row gave two answers"
+    step = Decimal(1).scaleb(-decimals)
+    for prediction, row in zip(json.loads(text, parse_float=Decimal), exact, strict=True):
+        assert prediction["index"] == int(row.argmax())
+        names, scores = list(prediction["scores"]), list(prediction["scores"].values())
+        assert names[0] == prediction["label"]
+        assert scores == sorted(scores, reverse=True)
+        assert all(score == score.quantize(step) and not score.is_signed() and 0 <= score <= 1 for score in scores)
+
+
+@given(exact=probability_rows(), strength=st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_bent_probabilities_are_probabilities(exact: np.ndarray, strength: float) -> None:
+    rows = exact.astype(np.float64) / exact.astype(np.float64).sum(axis=1, keepdims=True)
+    best = rows.argmax(axis=1)
+    bent = bend(rows, best, strength)
+    assert bent.min() >= 0
+    assert bent.max() <= 1
+    np.testing.assert_allclose(bent.sum(axis=1), 1, atol=1e-9)
+    assert (bent.max(axis=1) == bent[np.arange(len(best)), best]).all()
+
+
+def test_bending_draws_a_sure_answer_to_the_middle_as_the_formula_says() -> None:
+    # y - beta (s(gamma logit(y)) - 1/2) with beta 0.5 and gamma 0.2, worked out apart from the code
+    def bent(y: float) -> float:
+        return y - 0.5 * (1 / (1 + math.exp(-0.2 * math.log(y / (1 - y)))) - 0.5)
+
+    raw = [bent(0.98), bent(0.01), bent(0.01)]
+    expected = [value / sum(raw) for value in raw]
+    found = bend(np.array([[0.98, 0.01, 0.01]]), np.array([0]), 0.5)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert found[0] < 0.8
+
+
+@given(exact=probability_rows(), decimals=st.integers(0, 6), top_n=st.integers(0, 8))
+@settings(max_examples=100, deadline=None)
+def test_rounded_scores_are_their_own_answer(exact: np.ndarray, decimals: int, top_n: int) -> None:
+    policy = Policy("anonymous", decimals, top_n)
+    first = policy.protect(exact)
+    assert first.scores is not None
+    again = policy.protect(first.scores)
+    assert np.array_equal(first.scores, again.scores)
+    assert (np.abs(policy.protect(exact).scores.sum(axis=1) - 1) <= len(LABELS) / 2 * 10.0**-decimals + 1e-6).all() or top_n
+
+
+@pytest.mark.parametrize(
+    ("suspect", "other", "is_strict"),
+    [
+        (Policy("suspect", 6, label_only=True), Policy("anonymous", 0, 1), True),
+        (Policy("suspect", 0, 1), Policy("anonymous", 2, label_only=True), False),
+        (Policy("suspect", 1), Policy("anonymous", 2), True),
+        (Policy("suspect", 3), Policy("anonymous", 2), False),
+        (Policy("suspect", 1), Policy("anonymous", 2, 3), False),
+        (Policy("suspect", 1, 3), Policy("anonymous", 2), True),
+        (Policy("suspect", 1, 3), Policy("anonymous", 2, reverse_sigmoid=0.5), False),
+    ],
+)
+def test_a_policy_that_shows_more_is_not_as_strict(suspect: Policy, other: Policy, is_strict: bool) -> None:
+    assert suspect.is_as_strict_as(other) is is_strict

@@ -1,0 +1,73 @@
+"""Confidence: whether a caller's images are of the kind that the model was made for, told from its own answers.
+
+A sequential test (Page, "Continuous inspection schemes", 1954): every new image adds the logarithm of how much likelier its
+answer is with a thief than with an honest caller, the sum never falls below 0, and a sum above a threshold speaks. With an
+honest caller at the worst that is tolerated, the sum passes ``h`` within ``n`` images with a probability of at most ``n
+exp(-h)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.watch.coverage import LEAST, coverage
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is tested; all shares are of images that are new.
+
+    Attributes:
+        unsure_below: A largest probability below it makes an answer unsure.
+        honest_share: Largest share of unsure answers of an honest caller.
+        thief_share: Smallest share of unsure answers of a thief.
+        horizon_images: Images within which an honest caller is suspected with a probability of at most ``false_alarms``.
+        false_alarms: That probability.
+    """
+
+    unsure_below: float
+    honest_share: float
+    thief_share: float
+    horizon_images: int
+    false_alarms: float
+
+    @property
+    def threshold(self) -> float:
+        """The sum from which it speaks, in nats."""
+        return math.log(self.horizon_images / self.false_alarms)
+
+    def evidence(self, rows: np.ndarray) -> np.ndarray:
+        """Return what each answer of ``rows`` ``(N, C)`` says for a thief, in nats, ``(N,)``."""
+        unsure = rows.max(axis=1) < self.unsure_below
+        for_thief = math.log(self.thief_share / self.honest_share)
+        against = math.log((1 - self.thief_share) / (1 - self.honest_share))
+        return np.where(unsure, for_thief, against)
+
+
+class Confidence:
+    """One caller's sum.
+
+    Args:
+        test: What is tested.
+        classes: The model's.
+    """
+
+    def __init__(self, test: Test, classes: int) -> None:
+        self._test = test
+        self._sum = 0.0
+        self._counts = np.zeros(classes, np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._counts.nbytes + 8
+
+    def look(self, rows: np.ndarray) -> bool:
+        """Add answers ``(N, C)`` to new images; returns whether the caller looks like a thief now."""
+        np.add.at(self._counts, rows.argmax(axis=1), 1)
+        for nats in self._test.evidence(rows).tolist():
+            self._sum = min(max(0.0, self._sum + nats), 2 * self._test.threshold)  # bounded, so that a good while is forgiven
+        return self._sum > self._test.threshold and coverage(self._counts) >= LEAST
