@@ -100,7 +100,6 @@ class Service:
             decode_pool=decode_pool,
             policies=settings.policies(),
             labels=self._header.class_names,
-            version=self._header.weights_sha256[:12],
             deadline_s=settings.request_deadline_ms / 1000,
             metrics=self._metrics,
         )

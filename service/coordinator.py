@@ -11,19 +11,26 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from model.checkpoint import read_header
+from service.admin import Admin
+from service.admin_server import AdminServer
 from service.engine_process import EngineProcess
 from service.metrics import Metrics
+from service.reload import Reloader
 from service.remote import RemoteCaller, slots_of
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.slab import Slab
+from service.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 SHORTEST_LIFE_S = 5.0
 """A front end that dies younger than this is started again after a pause."""
+
+PATIENCE_S = 5.0
+"""A front end that takes longer to learn of another model learns of it later."""
 
 
 @dataclass(eq=False)
@@ -40,15 +47,23 @@ class Coordinator:
         settings: All settings; the children read their own from the environment.
         listener: The bound socket that all front ends accept connections from.
         metrics: Counts.
+        admin_server: Answers operators.
+
+    Attributes:
+        engine: The one in use.
     """
 
-    def __init__(self, settings: Settings, listener: socket.socket, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, listener: socket.socket, metrics: Metrics, admin_server: AdminServer) -> None:
         self._settings = settings
         self._listener = listener
         self._metrics = metrics
-        self._architecture = read_header(settings.checkpoint).architecture
-        self._engine = EngineProcess(settings, self._architecture, metrics, self._tell_up)
-        self._scheduler = Scheduler(settings, self._engine, metrics)
+        self._admin_server = admin_server
+        snapshot = Snapshot(settings.checkpoint)
+        self._architecture = snapshot.header.architecture
+        self.engine = EngineProcess(settings, snapshot, metrics, self._tell_up)
+        self._scheduler = Scheduler(settings, self.engine, metrics)
+        reloader = Reloader(settings.checkpoint, snapshot.header, self._scheduler, self)
+        self._admin = Admin(settings, self._scheduler, reloader, self, self._processes)
         self._front_ends: set[_FrontEnd] = set()
         self._burials: set[asyncio.Future[None]] = set()
         self._draining = False
@@ -58,14 +73,15 @@ class Coordinator:
         """Serve until SIGTERM or SIGINT, drain, and return the exit status.
 
         Raises:
-            EngineFailedError: The engine cannot be started.
+            CheckpointError: The checkpoint cannot be used.
+            EngineFailedError: The engine cannot be started for another reason.
         """
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, stop.set)
         try:
-            await self._engine.start()
+            await self.engine.start()
             await self._scheduler.start()
             for _ in range(self._settings.frontends):
                 await self._start_front_end()
@@ -73,16 +89,42 @@ class Coordinator:
                 await front_end.caller.is_open.wait()
             host, port = self._listener.getsockname()[:2]
             log.info("listening on http://%s:%d with %d front ends", host, port, self._settings.frontends)
-            await stop.wait()
-            log.info("draining")
-            await self._drain()
+            async with self._admin_server.serve(self._admin.asgi):
+                await stop.wait()
+                log.info("draining")
+                await self._drain()
         finally:
             self._draining = True
             for front_end in self._front_ends:
                 front_end.process.kill()
             self._scheduler.stop()
-            await self._engine.stop()
+            await self.engine.stop()
         return 0
+
+    async def make(self, snapshot: Snapshot) -> EngineProcess:
+        """Start another engine process beside the one in use.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be used, or not with these settings.
+            EngineFailedError: It cannot be started for another reason.
+        """
+        engine = EngineProcess(self._settings, snapshot, self._metrics, self._tell_up)
+        try:
+            await engine.start()
+        except BaseException:
+            await engine.stop()
+            raise
+        return engine
+
+    async def changed(self, engine: EngineProcess) -> None:
+        """Tell all front ends of the model in use, and return when they know."""
+        self.engine = engine
+        self._tell_up()
+        callers = [front_end.caller for front_end in self._front_ends]
+        for caller in callers:
+            caller.tell_version(engine.version)
+        if callers:
+            await asyncio.wait([asyncio.ensure_future(caller.knows.wait()) for caller in callers], timeout=PATIENCE_S)
 
     async def _drain(self) -> None:
         """Let every front end finish what it has accepted; kill those that take too long."""
@@ -103,17 +145,19 @@ class Coordinator:
         memory = Slab.make_file(slots, self._architecture)
         ours, theirs = socket.socketpair()
         with theirs:
+            snapshot = self.engine.snapshot
             files = {"listen": self._listener.fileno(), "wire": theirs.fileno(), "memory": memory}
             arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
-            command = [sys.executable, "-m", "service.frontend", *arguments]
-            process = subprocess.Popen(command, pass_fds=tuple(files.values()))  # noqa: ASYNC220 (it returns at once)
+            command = [sys.executable, "-m", "service.frontend", *arguments, "--checkpoint", str(snapshot.path)]
+            process = subprocess.Popen(command, pass_fds=(*files.values(), snapshot.file))  # noqa: ASYNC220 (it returns at once)
         slab = Slab(memory, slots, self._architecture)
         os.close(memory)  # the slab keeps its own hold on it, and lets go with the front end
         caller = RemoteCaller(self._scheduler, slab, lambda: self._front_end_gone(front_end))
         front_end = _FrontEnd(process, caller, time.monotonic())
         self._front_ends.add(front_end)
         await caller.wire.open(ours)
-        caller.tell_up(self._engine.is_up)
+        caller.tell_up(self.engine.is_up)
+        caller.tell_version(self.engine.version)  # another may have come into use since
 
     def _front_end_gone(self, front_end: _FrontEnd) -> None:
         self._front_ends.discard(front_end)
@@ -135,6 +179,10 @@ class Coordinator:
             await self._start_front_end()
 
     def _tell_up(self) -> None:
-        self._metrics.ready.set(int(self._engine.is_up and not self._draining))
+        self._metrics.ready.set(int(self.engine.is_up and not self._draining))
         for front_end in self._front_ends:
-            front_end.caller.tell_up(self._engine.is_up)
+            front_end.caller.tell_up(self.engine.is_up)
+
+    def _processes(self) -> dict[str, Any]:
+        front_ends = sorted(front_end.process.pid for front_end in self._front_ends)
+        return {"coordinator": os.getpid(), "engine": self.engine.pid, "front_ends": front_ends}

@@ -14,6 +14,7 @@ import numpy as np
 
 from model.execution import FastPath, load_fast_path
 from service.metrics import Metrics
+from service.serving import ModelFacts
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,13 @@ class Engine:
 
     Attributes:
         header: The checkpoint's.
+        facts: What it runs.
+        version: Of its model.
         lanes: How many batches may run at a time.
+        is_up: Always true: it lives as long as the process.
     """
+
+    is_up = True
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -49,6 +55,8 @@ class Engine:
             self.close()
             raise
         self.header, self.lanes = self._fast_path.header, self._fast_path.lanes
+        self.facts = facts_of(self._fast_path)
+        self.version = self.facts.version
         if self.lanes > 1:
             self.close()
             self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="engine", initializer=step_back)
@@ -68,6 +76,10 @@ class Engine:
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
+
+    async def stop(self) -> None:
+        """Stop the threads, without holding the event loop up."""
+        await asyncio.to_thread(self.close)
 
 
 def step_back() -> None:
@@ -94,6 +106,11 @@ def load(settings: Settings, metrics: Metrics) -> FastPath:
     log.info("engine: %s on %s, warm after %.2f s", fast_path.description, fast_path.device, time.perf_counter() - started)
     metrics.model_info.labels(version=fast_path.version, precision=fast_path.precision, device=fast_path.device).set(1)
     return fast_path
+
+
+def facts_of(fast_path: FastPath) -> ModelFacts:
+    """Return what a fast path runs."""
+    return ModelFacts(fast_path.header.weights_sha256, fast_path.description, fast_path.precision, fast_path.device)
 
 
 def predict(fast_path: FastPath, images: np.ndarray, alone: bool, metrics: Metrics) -> np.ndarray:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -13,19 +14,21 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import orjson
 
-from model.architecture import Architecture
 from model.checkpoint import CheckpointError, read_header
 from model.execution import MOST_LANES
 from service import logs
-from service.engine import load, predict, step_back
+from service.engine import facts_of, load, predict, step_back
 from service.metrics import Metrics
+from service.serving import VERSION_DIGITS, ModelFacts
 from service.settings import Settings
 from service.slab import Slab
+from service.snapshot import Snapshot
 from service.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -45,19 +48,26 @@ class EngineProcess:
 
     Args:
         settings: How many images a batch has at most. The child reads its own from the environment.
-        architecture: The checkpoint's.
+        snapshot: The checkpoint that it runs, however often it is started again; :meth:`stop` closes it.
         metrics: Told of restarts.
         on_change: Called when the engine has come up or gone down.
 
     Attributes:
+        snapshot: As given.
+        version: Of its model.
+        facts: What it runs; known once it is started.
         lanes: How many batches may run at a time.
     """
 
-    def __init__(self, settings: Settings, architecture: Architecture, metrics: Metrics, on_change: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, snapshot: Snapshot, metrics: Metrics, on_change: Callable[[], None]) -> None:
+        self.snapshot = snapshot
+        self.version = snapshot.header.weights_sha256[:VERSION_DIGITS]
+        self.facts: ModelFacts | None = None
         self._metrics = metrics
         self._on_change = on_change
         self.lanes = 1
         self._batch = settings.max_batch_size
+        architecture = snapshot.header.architecture
         self._memory = Slab.make_file(MOST_LANES * self._batch, architecture)
         self._slab = Slab(self._memory, MOST_LANES * self._batch, architecture)
         self._free_lanes = list(range(MOST_LANES))
@@ -73,17 +83,23 @@ class EngineProcess:
         """Whether a batch would be run at once."""
         return self._up.is_set()
 
+    @property
+    def pid(self) -> int | None:
+        """The child's number, of the one that runs or ran last."""
+        return None if self._process is None else self._process.pid
+
     async def start(self) -> None:
         """Start the engine and return when it is warm.
 
         Raises:
-            EngineFailedError: It cannot be started; the message is for the operator.
+            CheckpointError: The checkpoint cannot be used, or not with these settings.
+            EngineFailedError: It cannot be started for another reason; the message is for the operator.
         """
         await self._spawn()
         self._watcher = asyncio.create_task(self._watch())
 
     async def up(self) -> None:
-        """Return when the engine can take a batch."""
+        """Return when the engine can take a batch, or was stopped."""
         await self._up.wait()
 
     async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
@@ -105,25 +121,30 @@ class EngineProcess:
             self._free_lanes.append(lane)
 
     async def stop(self) -> None:
-        """End the engine; it is not started again."""
+        """End the engine for good; it is not started again."""
+        self._up.set()  # lets go of who waits for it; another engine has taken its place
         if self._watcher is not None:
             self._watcher.cancel()
         if self._wire is not None:
             self._wire.close()  # the child ends when it reads the end of its socket
         if self._process is not None:
             await asyncio.to_thread(_end, self._process)
+            self._metrics.process_gone(self._process.pid)
+        self.snapshot.close()
+        os.close(self._memory)
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            descriptors = (theirs.fileno(), self._memory)
+            descriptors = (theirs.fileno(), self._memory, self.snapshot.file)
             command = [sys.executable, "-m", "service.engine_process", "--socket", str(descriptors[0]), "--memory"]
-            command += [str(descriptors[1])]
+            command += [str(descriptors[1]), "--checkpoint", str(self.snapshot.path)]
             self._process = subprocess.Popen(command, pass_fds=descriptors)  # noqa: ASYNC220 (it returns at once)
         self._gone.clear()
         self._wire = Wire(self._told, self._lost)
         await self._wire.open(ours)
-        self.lanes = (await self._reply(0))["lanes"]  # the child's first word is that it is warm
+        ready = await self._reply(0)  # the child's first word is that it is warm
+        self.lanes, self.facts = ready["lanes"], ModelFacts(**ready["facts"])
         self._up.set()
         self._on_change()
 
@@ -142,7 +163,7 @@ class EngineProcess:
             self._metrics.engine_restarts.inc()
             try:
                 await self._spawn()
-            except EngineFailedError as error:
+            except (CheckpointError, EngineFailedError) as error:
                 log.error("the engine cannot be started again: %s", error)
                 self._gone.set()
 
@@ -156,7 +177,9 @@ class EngineProcess:
 
     def _told(self, message: Any) -> None:
         reply = self._waiting.pop(message["lane"])
-        if "error" in message:
+        if "unusable" in message:
+            reply.set_exception(CheckpointError(self.snapshot.explain(message["unusable"])))
+        elif "error" in message:
             reply.set_exception(EngineFailedError(message["error"]))
         else:
             reply.set_result(message)
@@ -186,11 +209,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--memory", type=int, required=True)
+    parser.add_argument("--checkpoint", required=True)
     options = parser.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent says when it is time
         signal.signal(each, signal.SIG_IGN)
     step_back()
-    settings = Settings()
+    settings = Settings().model_copy(update={"checkpoint": options.checkpoint})
     logs.configure(settings.log_level)
     with socket.socket(fileno=options.socket) as end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         return _serve(end, options.memory, settings, Metrics())
@@ -202,10 +226,13 @@ def _serve(end: socket.socket, memory: int, settings: Settings, metrics: Metrics
     try:
         slab = Slab(memory, MOST_LANES * batch, read_header(settings.checkpoint).architecture)
         fast_path = load(settings, metrics)
-    except (CheckpointError, ValueError, RuntimeError) as error:
+    except ValueError as error:  # a CheckpointError, or a setting that does not fit the checkpoint
+        _say(end, {"lane": 0, "unusable": str(error)})
+        return 1
+    except RuntimeError as error:
         _say(end, {"lane": 0, "error": str(error)})
         return 1
-    _say(end, {"lane": 0, "lanes": fast_path.lanes})
+    _say(end, {"lane": 0, "lanes": fast_path.lanes, "facts": asdict(facts_of(fast_path))})
 
     def run(lane: int, images: int, kind: str, alone: bool) -> None:
         used = slice(lane * batch, lane * batch + images)

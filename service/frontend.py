@@ -12,6 +12,7 @@ from service.app import Service
 from service.http_server import HttpServer
 from service.metrics import Metrics
 from service.remote import RemoteScheduler, slots_of
+from service.serving import VERSION_DIGITS
 from service.settings import Settings
 from service.slab import Slab
 
@@ -21,17 +22,19 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     for name in ("listen", "wire", "memory"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--checkpoint", required=True)
     options = parser.parse_args()
     settings = Settings()
     logs.configure(settings.log_level)
-    header, slots = read_header(settings.checkpoint), slots_of(settings)
+    header, slots = read_header(options.checkpoint), slots_of(settings)
     wire = socket.socket(fileno=options.wire)
 
     def stop() -> None:
         service.turn_unready()
         server.should_exit = True
 
-    scheduler = RemoteScheduler(lambda end: end.open(wire), Slab(options.memory, slots, header.architecture), slots, stop)
+    slab, version = Slab(options.memory, slots, header.architecture), header.weights_sha256[:VERSION_DIGITS]
+    scheduler = RemoteScheduler(lambda end: end.open(wire), slab, slots, stop, version)
     service = Service(settings, header, scheduler, Metrics())
     server = HttpServer(settings, service, on_signal=None)
     server.run(sockets=[socket.socket(fileno=options.listen)])

@@ -54,6 +54,17 @@ class Metrics:
             multiprocess_mode="livemax",
         )  # fmt: skip
         self.ready = Gauge("palisade_ready", "1 when requests are accepted.", registry=registry, multiprocess_mode="livemax")
+        self.limiter_store_up = Gauge(
+            "palisade_limiter_store_up", "1 while quotas are counted where they should be.", registry=registry,
+            multiprocess_mode="livemax",
+        )  # fmt: skip
+        self.limiter_fallback = Counter(
+            "palisade_limiter_fallback", "Requests decided on while the quotas' store was down.", ["decision"],
+            registry=registry,
+        )  # fmt: skip
+        self.suspicious = Counter(
+            "palisade_suspicious", "Images that a detector found suspicious.", ["detector"], registry=registry
+        )
         # Looking a child up by its labels costs as much as counting does.
         self._requests = cache(self.requests.labels)
         self._request_duration = cache(self.request_duration.labels)

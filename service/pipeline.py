@@ -18,11 +18,11 @@ from service.decode import Decoder
 from service.identity import Caller, Identifier
 from service.metrics import Metrics
 from service.policy import Policy, Protected
-from service.problems import Problem, deadline_passed
+from service.problems import Problem, deadline_passed, no_such_version
 from service.quota import Level, rate_limit_headers
 
 INLINE_BYTES = 65_536
-"""Bodies up to this size are taken apart on the event loop: quicker than handing them to a thread."""
+"""Bodies with no more text than this are taken apart on the event loop: quicker than handing them to a thread."""
 
 
 class Parcel(Protocol):
@@ -38,6 +38,10 @@ class Parcel(Protocol):
         """How long the caller wants to wait, if it said so."""
         ...
 
+    def check(self, policy: Policy) -> None:
+        """Raise ``Problem`` 403 when it asks for what the policy hides."""
+        ...
+
     def is_cheap(self) -> bool:
         """Tell whether decoding takes less time than handing it to a thread does."""
         ...
@@ -51,17 +55,24 @@ class Admitted(Protocol):
     """A request that holds places and quota until it is settled."""
 
     levels: list[Level]
+    policy: str
+    version: str
 
 
 class Scheduling(Protocol):
     """What the pipeline asks of a scheduler, in this process or another; see :class:`service.scheduler.Scheduler`."""
+
+    @property
+    def version(self) -> str:
+        """The version of the model that answers now."""
+        ...
 
     async def admit(self, caller: Caller, images: int) -> Any:
         """Hold places and charge quota; returns an :class:`Admitted`."""
         ...
 
     async def answer(self, ticket: Any, images: np.ndarray, deadline: float) -> np.ndarray:
-        """Return exact probabilities ``(N, C)``."""
+        """Return exact probabilities ``(N, C)``, all by the one model whose version the ticket then has."""
         ...
 
     def settle(self, ticket: Any, refund: bool) -> None:
@@ -70,6 +81,10 @@ class Scheduling(Protocol):
 
     async def levels(self, caller: Caller) -> list[Level]:
         """Return what is left of a caller's quota."""
+        ...
+
+    async def policy_of(self, caller: Caller) -> str:
+        """Return the name of the policy that a caller's answers pass now."""
         ...
 
 
@@ -81,11 +96,13 @@ class Answered:
         protected: The answers.
         policy: The policy that they passed.
         headers: What is left of the quota.
+        version: Of the model that computed the answers.
     """
 
     protected: Protected
     policy: Policy
     headers: dict[str, str]
+    version: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,6 @@ class Pipeline:
         decode_pool: Threads that decode what is not cheap.
         policies: What of an answer leaves, by tier.
         labels: Class names.
-        version: The model's version.
         deadline_s: How long a request may take to reach the engine.
         metrics: Counts.
     """
@@ -112,16 +128,29 @@ class Pipeline:
     decode_pool: ThreadPoolExecutor
     policies: Mapping[str, Policy]
     labels: tuple[str, ...]
-    version: str
     deadline_s: float
     metrics: Metrics
 
-    async def run(self, request: Request, parse: Callable[[bytearray], Parcel]) -> Answered:
+    @property
+    def version(self) -> str:
+        """The version of the model that answers now; that of an answer is in :class:`Answered`."""
+        return self.scheduler.version
+
+    async def run(
+        self,
+        request: Request,
+        parse: Callable[[bytearray], Parcel],
+        version: str | None = None,
+        text_bytes: int | None = None,
+    ) -> Answered:
         """Answer one request.
 
         Args:
             request: Its body is not read yet.
             parse: Takes the body apart; may run on a thread.
+            version: The only model that may answer, if the caller names one.
+            text_bytes: How many of the body's bytes ``parse`` has to understand, where it only cuts the others into pieces;
+                ``None`` for all of them.
 
         Raises:
             Problem: See docs/http-api.md for every status.
@@ -131,20 +160,21 @@ class Pipeline:
         caller = self.identify(request)
         body = await self.reader.read(request)
         try:
-            parcel = await _take_apart(body, parse)
+            parcel = await _take_apart(body, parse, text_bytes)
             request.scope["state"]["images"] = parcel.images
+            parcel.check(self.policies[caller.tier])  # before it costs anything
             deadline = started + min(self.deadline_s, parcel.deadline_s or self.deadline_s)
             ticket: Admitted = await self.scheduler.admit(caller, parcel.images)
-            rows = await self._answer(parcel, ticket, deadline)  # (N, C)
+            rows = await self._answer(parcel, ticket, deadline, version)  # (N, C)
         except Problem as problem:
             problem.headers = {**rate_limit_headers(await self.scheduler.levels(caller)), **problem.headers}
             raise
         finally:
             body.close()
-        policy = self.policies[caller.tier]
+        policy = self.policies[ticket.policy]
         protected = policy.protect(rows)
         self.metrics.answered(self.labels, protected.best)
-        return Answered(protected, policy, rate_limit_headers(ticket.levels))
+        return Answered(protected, policy, rate_limit_headers(ticket.levels), ticket.version)
 
     def identify(self, request: Request) -> Caller:
         """Return who is asking; raises ``Problem`` 401 or 403."""
@@ -156,12 +186,20 @@ class Pipeline:
         """Return what is left of a caller's quota."""
         return await self.scheduler.levels(caller)
 
-    async def _answer(self, parcel: Parcel, ticket: Admitted, deadline: float) -> np.ndarray:
+    async def policy_of(self, caller: Caller) -> Policy:
+        """Return the policy that a caller's answers pass now."""
+        return self.policies[await self.scheduler.policy_of(caller)]
+
+    async def _answer(self, parcel: Parcel, ticket: Admitted, deadline: float, version: str | None) -> np.ndarray:
         """Decode and classify; the quota is refunded on failure, but not when the client has gone: it may have cost time."""
         refund = False
         try:
+            parcel.check(self.policies[ticket.policy])
             images = await self._decode(parcel, deadline)  # (N, 3, H, W)
-            return await self.scheduler.answer(ticket, images, deadline)
+            rows = await self.scheduler.answer(ticket, images, deadline)
+            if version not in (None, ticket.version):  # it was replaced while the request was on its way
+                raise no_such_version(version, ticket.version)
+            return rows
         except Exception:
             refund = True
             raise
@@ -186,9 +224,9 @@ class Pipeline:
         return images
 
 
-async def _take_apart(body: Body, parse: Callable[[bytearray], Parcel]) -> Parcel:
+async def _take_apart(body: Body, parse: Callable[[bytearray], Parcel], text_bytes: int | None) -> Parcel:
     data = body.take()
-    if len(data) <= INLINE_BYTES:
+    if len(data) <= INLINE_BYTES or (text_bytes is not None and text_bytes <= INLINE_BYTES):
         return parse(data)
     # Taking megabytes of hostile multipart apart can take seconds, in which others must be answered.
     return await asyncio.to_thread(parse, data)

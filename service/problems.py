@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -29,15 +30,18 @@ class Problem(Exception):
     reason: str
     headers: dict[str, str] = field(default_factory=dict)
 
-    def response(self) -> Response:
-        """Return the problem as a response."""
-        body = {
+    def view(self) -> dict[str, Any]:
+        """Return the problem as a JSON object."""
+        return {
             "type": f"urn:palisade:problem:{self.reason}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
         }
-        return Response(orjson.dumps(body), self.status, self.headers, media_type="application/problem+json")
+
+    def response(self) -> Response:
+        """Return the problem as a response."""
+        return Response(orjson.dumps(self.view()), self.status, self.headers, media_type="application/problem+json")
 
 
 def bad_input(detail: str) -> Problem:
@@ -53,6 +57,11 @@ def unauthorized(detail: str) -> Problem:
 def forbidden(detail: str) -> Problem:
     """Return a 403: a known caller may not do this."""
     return Problem(403, detail, "forbidden")
+
+
+def no_such_version(asked: str, served: str) -> Problem:
+    """Return a 404: the caller names a version of the model that is not served (any more)."""
+    return Problem(404, f"model 'palisade' has no version {asked}; it has '{served}'", "not-found")
 
 
 def body_too_slow(seconds: float) -> Problem:
@@ -75,16 +84,34 @@ def unprocessable(detail: str) -> Problem:
     return Problem(422, detail, "unprocessable")
 
 
-def quota_exceeded(window: str, retry_after_s: float) -> Problem:
-    """Return a 429 that names the window and says when it opens again."""
+def quota_exceeded(window: str, retry_after_s: float | None) -> Problem:
+    """Return a 429 that names the window and says when it opens again; ``None`` is never."""
+    if retry_after_s is None:
+        return Problem(429, "the quota of images is used up for good; ask the operator for more", "quota-exceeded")
     wait = max(1, math.ceil(retry_after_s))
     detail = f"the quota of images per {window} is used up; try again in {wait} s"
     return Problem(429, detail, "quota-exceeded", {"Retry-After": str(wait)})
 
 
+def abnormal_usage(retry_after_s: float) -> Problem:
+    """Return a 429: one of a long run of nearly equal images, as attacks send them."""
+    wait = max(1, math.ceil(retry_after_s))
+    detail = (
+        f"too many nearly equal images, as an attack sends them; more of them are refused for {wait} s, other images are "
+        "answered; for video send fewer frames of a scene, or ask the operator for a trusted key"
+    )
+    return Problem(429, detail, "abnormal-usage-detected", {"Retry-After": str(wait)})
+
+
 def overloaded(detail: str) -> Problem:
     """Return a 503: no place now, but likely soon."""
     return Problem(503, detail, "overloaded", {"Retry-After": "1"})
+
+
+def quota_unknown() -> Problem:
+    """Return a 503: nobody knows what is left of the caller's quota."""
+    detail = "the service can't tell what is left of your quota at the moment; try again"
+    return Problem(503, detail, "quota-unknown", {"Retry-After": "2"})
 
 
 def draining() -> Problem:

@@ -28,12 +28,14 @@ def slots_of(settings: Settings) -> int:
     return settings.max_queue_images + 2 * settings.max_batch_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class RemoteTicket:
-    """An admitted request, by the number that the scheduler's process knows it by."""
+    """An admitted request, by the number that the scheduler's process knows it by; ``version`` is that of the answer."""
 
     number: int
     levels: list[Level]
+    policy: str
+    version: str = ""
 
 
 class RemoteScheduler:
@@ -44,9 +46,16 @@ class RemoteScheduler:
         slab: Shared with the scheduler's process.
         slots: The slab's.
         on_drain: Called when this front end is to finish what it has and stop.
+        version: The model's version, until another is told.
+
+    Attributes:
+        version: Of the model that answers now.
     """
 
-    def __init__(self, open_wire: Callable[[Wire], Any], slab: Slab, slots: int, on_drain: Callable[[], None]) -> None:
+    def __init__(
+        self, open_wire: Callable[[Wire], Any], slab: Slab, slots: int, on_drain: Callable[[], None], version: str = ""
+    ) -> None:
+        self.version = version
         self._open_wire = open_wire
         self._slab = slab
         self._free = list(range(slots))
@@ -81,11 +90,11 @@ class RemoteScheduler:
         """Hold places and charge quota; raises ``Problem`` 413, 429 or 503, and then nothing is held."""
         number = self._number()
         try:
-            levels = await self._ask(number, "admit", caller.id, caller.tier, images)
+            policy, levels = await self._ask(number, "admit", caller.id, caller.tier, images)
         except asyncio.CancelledError:
             self._wire.send(["settle", number, False])
             raise
-        return RemoteTicket(number, [_level(values) for values in levels])
+        return RemoteTicket(number, [_level(values) for values in levels], policy)
 
     async def answer(self, ticket: RemoteTicket, images: np.ndarray, deadline: float) -> np.ndarray:
         """Return exact probabilities ``(N, C)`` for ``images`` ``(N, 3, H, W)``, uint8 or float32 in ``[0, 1]``.
@@ -101,16 +110,17 @@ class RemoteScheduler:
         number = self._number()
         reply = asyncio.get_running_loop().create_future()
         self._waiting[number] = reply
-        # The scheduler answers every request, even one that was dropped, so that nobody else's pixels can come into slots
-        # that it may still read or write.
-        reply.add_done_callback(lambda _: self._free.extend(slots))
         self._wire.send(["answer", number, ticket.number, slots, self._slab.write(slots, images), deadline])
         try:
-            await asyncio.shield(reply)
+            ticket.version = await asyncio.shield(reply)
+            return self._slab.read_answers(slots)
         except asyncio.CancelledError:
             self._wire.send(["drop", number])
             raise
-        return self._slab.read_answers(slots)
+        finally:
+            # The scheduler answers every request, even one that was dropped, so that nobody else's pixels can come into slots
+            # that it may still read or write. Nor before the answers are read: the next ones may come at any moment.
+            reply.add_done_callback(lambda _: self._free.extend(slots))
 
     def settle(self, ticket: RemoteTicket, refund: bool) -> None:
         """End an admitted request; with ``refund`` its caller is charged nothing."""
@@ -119,6 +129,11 @@ class RemoteScheduler:
     async def levels(self, caller: Caller) -> list[Level]:
         """Return what is left of a caller's quota."""
         return [_level(values) for values in await self._ask(self._number(), "levels", caller.id, caller.tier)]
+
+    async def policy_of(self, caller: Caller) -> str:
+        """Return the name of the policy that a caller's answers pass now."""
+        policy: str = await self._ask(self._number(), "policy", caller.id, caller.tier)
+        return policy
 
     def _number(self) -> int:
         self._numbers += 1
@@ -135,6 +150,9 @@ class RemoteScheduler:
         what, *rest = message
         if what == "up":
             (self._up,) = rest
+        elif what == "version":
+            (self.version,) = rest
+            self._wire.send(["knows", 0, self.version])
         elif what == "drain":
             self._on_drain()
         else:
@@ -169,10 +187,13 @@ class RemoteCaller:
 
     Attributes:
         is_open: Set when the front end has opened its end.
+        knows: Set when the front end knows the version that it was told last, or is gone.
     """
 
     def __init__(self, scheduler: Scheduler, slab: Slab, on_close: Callable[[], None]) -> None:
         self.is_open = asyncio.Event()
+        self.knows = asyncio.Event()
+        self._told_version = ""
         self._scheduler = scheduler
         self._slab = slab
         self._on_close = on_close
@@ -183,6 +204,12 @@ class RemoteCaller:
     def tell_up(self, up: bool) -> None:
         """Say whether the engine is up."""
         self.wire.send(["up", up])
+
+    def tell_version(self, version: str) -> None:
+        """Say which model answers from now on."""
+        self.knows.clear()
+        self._told_version = version
+        self.wire.send(["version", version])
 
     def tell_drain(self) -> None:
         """Say that it is time to stop."""
@@ -198,12 +225,15 @@ class RemoteCaller:
                 self._scheduler.settle(ticket, refund)
         elif what == "hello":
             self.is_open.set()
+        elif what == "knows":
+            if rest == [self._told_version]:
+                self.knows.set()
         elif what == "drop":
             if task := self._tasks.get(number):
                 task.cancel()
         else:
             work: dict[str, Callable[..., Coroutine[Any, Any, Any]]]
-            work = {"admit": self._admit, "answer": self._answer, "levels": self._levels}
+            work = {"admit": self._admit, "answer": self._answer, "levels": self._levels, "policy": self._policy}
             task = self._tasks[number] = asyncio.ensure_future(work[what](number, *rest))
             task.add_done_callback(partial(self._reply, number))
 
@@ -222,12 +252,18 @@ class RemoteCaller:
 
     async def _admit(self, number: int, caller: str, tier: str, images: int) -> list[Any]:
         ticket = self._tickets[number] = await self._scheduler.admit(Caller(caller, tier), images)
-        return [_values(level) for level in ticket.levels]
+        return [ticket.policy, [_values(level) for level in ticket.levels]]
 
-    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> None:
+    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> str:
         del number
-        rows = await self._scheduler.answer(self._tickets[ticket], self._slab.read(slots, kind), deadline)
+        admitted = self._tickets[ticket]
+        rows = await self._scheduler.answer(admitted, self._slab.read(slots, kind), deadline)
         self._slab.write_answers(slots, rows)
+        return admitted.version
+
+    async def _policy(self, number: int, caller: str, tier: str) -> str:
+        del number
+        return await self._scheduler.policy_of(Caller(caller, tier))
 
     async def _levels(self, number: int, caller: str, tier: str) -> list[Any]:
         del number
@@ -242,6 +278,7 @@ class RemoteCaller:
         self._tickets.clear()
         del self._slab  # frees the memory now, not when the garbage collector comes by; nobody is left to use it
         self.is_open.set()  # nobody should wait for it any more
+        self.knows.set()
         self._on_close()
 
 

@@ -76,6 +76,7 @@ class SharedEngine:
         self._engine = engine
         self.header: Header = engine.header
         self.lanes = engine.lanes
+        self.version = engine.version
 
     async def up(self) -> None: ...
 

@@ -14,7 +14,7 @@ def test_without_any_variable_the_defaults_are_the_documented_ones() -> None:
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert (settings.metrics_host, settings.metrics_port) == ("127.0.0.1", 8002)
     assert settings.limits == "on"
-    assert settings.tier_anonymous_limits == (Window("minute", 60, 60), Window("day", 2000, 86400))
+    assert settings.tier_anonymous_limits == (Window("minute", 60, 60), Window("day", 500, 86400))
     assert settings.tier_anonymous_decimals == 2
 
 
