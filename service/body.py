@@ -85,6 +85,11 @@ class Body:
         self.data, self.size = bytearray(), 0
 
 
+def is_one_image(content_type: str) -> bool:
+    """Tell whether a body of this ``Content-Type`` is one image as it is."""
+    return _kind(content_type) in MEDIA_TYPES
+
+
 def split_images(content_type: str, data: bytearray, max_images: int) -> list[bytes]:
     """Return the encoded images of a body.
 
@@ -97,7 +102,7 @@ def split_images(content_type: str, data: bytearray, max_images: int) -> list[by
         Problem: 400 the body is not what its type says, 413 too many images, 415 a type that is not taken, 422 the right syntax
             but not the right fields.
     """
-    kind = content_type.partition(";")[0].strip().lower()
+    kind = _kind(content_type)
     if kind not in TYPES:
         said = f"'{kind}'" if kind else "missing"
         raise unsupported_type(f"the Content-Type is {said}; send one of {', '.join(TYPES)}")
@@ -112,6 +117,10 @@ def split_images(content_type: str, data: bytearray, max_images: int) -> list[by
     if not images:
         raise unprocessable("there is no image in the body")
     return images
+
+
+def _kind(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 def _from_json(data: bytearray, max_images: int) -> list[bytes]:

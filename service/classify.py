@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,33 +12,46 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.body import split_images
+from service.body import is_one_image, split_images
 from service.decode import Decoder, is_small_png
 from service.pipeline import Pipeline
-from service.policy import Protected
+from service.policy import Policy, Protected
 
 MODEL_NAME = "palisade"
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The images of a v1 body."""
+    """Encoded images of any size.
+
+    Attributes:
+        encoded: The files, or what ``unpack`` makes files of.
+        deadline_s: How long the caller wants to wait, if it said so.
+        unpack: Makes a file, given its number from 1 and what is in ``encoded``; slow, so that it waits for ``decode``.
+    """
 
     encoded: list[bytes]
     deadline_s: float | None = None
+    unpack: Callable[[int, bytes], bytes] | None = None
 
     @property
     def images(self) -> int:
         """How many there are."""
         return len(self.encoded)
 
+    def check(self, policy: Policy) -> None:
+        """Allow it: v1 shows what the policy lets out and asks for nothing else."""
+
     def is_cheap(self) -> bool:
         """Tell whether there is one image and it is a small PNG."""
-        return len(self.encoded) == 1 and is_small_png(self.encoded[0])
+        return len(self.encoded) == 1 and self.unpack is None and is_small_png(self.encoded[0])
 
     def decode(self, decoder: Decoder, expired: Callable[[], bool]) -> np.ndarray:
         """Return ``(N, 3, H, W)`` uint8."""
-        return decoder.decode_all(self.encoded, expired)
+        encoded = self.encoded
+        if self.unpack:
+            encoded = [self.unpack(number, data) for number, data in enumerate(encoded, 1)]
+        return decoder.decode_all(encoded, expired)
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,14 @@ class Classifier:
         """Answer one request; raises what :meth:`Pipeline.run` raises."""
         content_type = request.headers.get("content-type", "")
         answered = await self.pipeline.run(
-            request, lambda data: EncodedImages(split_images(content_type, data, self.max_images))
+            request,
+            lambda data: EncodedImages(split_images(content_type, data, self.max_images)),
+            text_bytes=0 if is_one_image(content_type) else None,
         )
         answer = {
             "id": request.scope["state"]["request_id"],
             "model": MODEL_NAME,
-            "version": self.pipeline.version,
+            "version": answered.version,
             "predictions": predictions_of(answered.protected, self.pipeline.labels),
         }
         return Response(orjson.dumps(answer), headers=answered.headers, media_type="application/json")
@@ -75,13 +91,13 @@ class Classifier:
             "version": pipeline.version,
             "labels": list(pipeline.labels),
             "input": {"height": pipeline.decoder.height, "width": pipeline.decoder.width},
-            "policy": pipeline.policies[caller.tier].describe(),
+            "policy": (await pipeline.policy_of(caller)).describe(),
             "quota": [
                 {
                     "window": level.window.name,
                     "limit": level.window.quota,
                     "remaining": level.remaining,
-                    "reset_s": round(level.reset_s),
+                    "reset_s": None if level.reset_s is None else max(0, math.ceil(level.reset_s)),
                 }
                 for level in await pipeline.quota_of(caller)
             ],

@@ -32,10 +32,12 @@ export class QuotaView {
       const level = this.#levels[index];
       const wait = Math.ceil((level.resetAt - Date.now()) / 1000);
       const left = wait > 0 ? level.remaining : level.limit;
+      const isForEver = level.resetAt === Infinity;
+      const ofWindow = isForEver ? "in all" : `per ${level.window}`;
       const meter = element.querySelector("[role=meter]");
-      element.querySelector(".count").textContent = `${left} of ${level.limit} per ${level.window}`;
-      element.querySelector(".anew").textContent = left < level.limit ? `all again in ${span(wait)}` : "";
-      meter.setAttribute("aria-label", `Images left of ${level.limit} per ${level.window}`);
+      element.querySelector(".count").textContent = `${left} of ${level.limit} ${ofWindow}`;
+      element.querySelector(".anew").textContent = left < level.limit && !isForEver ? `all again in ${span(wait)}` : "";
+      meter.setAttribute("aria-label", `Images left of ${level.limit} ${ofWindow}`);
       meter.setAttribute("aria-valuemax", level.limit);
       meter.setAttribute("aria-valuenow", left);
       meter.classList.toggle("low", left <= level.limit / 10);

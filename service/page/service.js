@@ -18,7 +18,7 @@ export class Service {
   /** Return what `GET /v1/model` says. */
   async model() {
     const model = await this.#send("v1/model", {});
-    this.onquota(model.quota.map((level) => ({ ...level, resetAt: Date.now() + 1000 * level.reset_s })));
+    this.onquota(model.quota.map((level) => ({ ...level, resetAt: later(level.reset_s) })));
     return model;
   }
 
@@ -61,7 +61,12 @@ function quotaOf(headers) {
   const limits = new Map(read("RateLimit-Policy").map(({ window, q }) => [window, q]));
   return read("RateLimit")
     .filter(({ window }) => limits.has(window))
-    .map(({ window, r, t }) => ({ window, limit: limits.get(window), remaining: r, resetAt: Date.now() + 1000 * t }));
+    .map(({ window, r, t }) => ({ window, limit: limits.get(window), remaining: r, resetAt: later(t) }));
+}
+
+/** Return what `Date.now()` will be in so many seconds; a window that never ends names none. */
+function later(seconds) {
+  return seconds == null ? Infinity : Date.now() + 1000 * seconds;
 }
 
 /** Return the shell commands that ask the same; the key is left to `$PALISADE_API_KEY`. */

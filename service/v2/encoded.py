@@ -7,6 +7,7 @@ import binascii
 import struct
 from typing import Any
 
+from service.classify import EncodedImages
 from service.problems import bad_input, unprocessable
 from service.v2.fields import shown
 from service.v2.pixels import check_count, flatten, shape_text
@@ -17,7 +18,7 @@ LENGTH = struct.Struct("<I")
 
 def encoded_images(
     datatype: str, shape: tuple[int, ...], content_type: str | None, data: memoryview | list[Any], max_images: int
-) -> list[bytes]:
+) -> EncodedImages:
     """Return the files that an input holds, in order.
 
     JSON can't hold bytes, so its strings are base64 in any case. Elements of a binary tensor are the files themselves, or
@@ -31,8 +32,8 @@ def encoded_images(
         max_images: Most images.
 
     Raises:
-        Problem: 400 for another datatype or content type, a cut or too long tensor, or what is not base64; 413 for too many
-            images; 422 for another shape.
+        Problem: 400 for another datatype or content type, a cut or too long tensor, or JSON that is not base64; 413 for too
+            many images; 422 for another shape. A binary element that is not base64 is a 400 when it is decoded.
     """
     if datatype != "BYTES":
         raise bad_input(f"input '{IMAGE_BYTES}' has the datatype {shown(datatype)}; it must be BYTES")
@@ -42,11 +43,10 @@ def encoded_images(
         raise unprocessable(f"input '{IMAGE_BYTES}' has the shape {shape_text(shape)}; it must be [-1]: one file per image")
     check_count(shape[0], max_images)
     if isinstance(data, list):
-        return [_from_base64(number, text) for number, text in enumerate(flatten(IMAGE_BYTES, data, shape, (str,)), 1)]
-    elements = _elements(data, shape[0])
-    if content_type is None:
-        return elements
-    return [_from_base64(number, text) for number, text in enumerate(elements, 1)]
+        texts = flatten(IMAGE_BYTES, data, shape, (str,))
+        return EncodedImages([_from_base64(number, text) for number, text in enumerate(texts, 1)])
+    # Binary tensors are taken apart on the event loop, where megabytes of base64 would hold up everybody else.
+    return EncodedImages(_elements(data, shape[0]), unpack=_from_base64 if content_type else None)
 
 
 def _elements(data: memoryview, count: int) -> list[bytes]:

@@ -28,16 +28,11 @@ def render_infer(
     decimals as Triton writes them; ``k`` is the number asked for, but no more than the policy shows.
 
     Args:
-        request: What was asked.
+        request: What was asked; its ``check`` allowed it.
         protected: What may leave, ``N`` answers.
         labels: The ``C`` class names.
         version: The model's version.
-
-    Raises:
-        Problem: 403 when ``probabilities`` is named and the policy shows none.
     """
-    if protected.scores is None:
-        request.refuse_probabilities()
     described: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for output in request.outputs or _defaults(request, protected):

@@ -14,6 +14,7 @@ import orjson
 
 from service.classify import EncodedImages
 from service.decode import Decoder
+from service.policy import Policy
 from service.problems import bad_input, forbidden, too_large
 from service.v2.encoded import IMAGE_BYTES, encoded_images
 from service.v2.fields import JSON_TYPES, objects, optional, required, shown
@@ -76,9 +77,9 @@ class InferRequest:
         """Return ``(N, 3, H, W)``, uint8 or float32 in ``[0, 1]``; raises what the tensor's ``decode`` raises."""
         return self.tensor.decode(decoder, expired)
 
-    def refuse_probabilities(self) -> None:
-        """Raise ``Problem`` 403 when the request names ``probabilities``, for callers whose policy shows none."""
-        if any(output.name == PROBABILITIES for output in self.outputs):
+    def check(self, policy: Policy) -> None:
+        """Raise ``Problem`` 403 when the request names ``probabilities`` and the policy shows none."""
+        if policy.label_only and any(output.name == PROBABILITIES for output in self.outputs):
             raise forbidden(f"output '{PROBABILITIES}' is not shown to your tier; ask for 'class_id', or name no outputs")
 
 
@@ -114,10 +115,19 @@ def parse_infer(body: bytes | bytearray, header_length: str | None, limits: Infe
     )
 
 
+def text_bytes(header_length: str | None) -> int | None:
+    """Return how much of a body is JSON as far as its header length tells, ``None`` when all of it may be."""
+    return int(header_length) if header_length is not None and _is_length(header_length) else None
+
+
+def _is_length(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 20
+
+
 def _header_length(text: str | None, available: int) -> int:
     if text is None:
         return available
-    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
+    if not _is_length(text):
         raise bad_input(f"Inference-Header-Content-Length is {shown(text)}; it must be the number of bytes of the body's JSON")
     if int(text) > available:
         raise bad_input(f"Inference-Header-Content-Length is {text}, but the body has {available} bytes (unpacked)")
@@ -173,7 +183,7 @@ def _tensor(
     where = f"input '{name}': parameter"
     if name == IMAGE_BYTES:
         content_type = optional(parameters, "content_type", str, where)
-        return EncodedImages(encoded_images(datatype, shape, content_type, data, limits.max_images))
+        return encoded_images(datatype, shape, content_type, data, limits.max_images)
     layout = optional(parameters, "layout", str, where) or "NCHW"
     return pixel_tensor(datatype, shape, layout, data, (limits.height, limits.width), limits.max_images)
 

@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from service.classify import MODEL_NAME
 from service.pipeline import Pipeline
-from service.problems import Problem
+from service.problems import Problem, no_such_version
 from service.v2.compression import UnpackedRequest, pack
 from service.v2.fields import shown
 from service.v2.metadata import ModelCard, configuration, describe_model, describe_server
 from service.v2.reply import HEADER_LENGTH, render_infer
-from service.v2.request import InferLimits, InferRequest, parse_infer
+from service.v2.request import InferLimits, InferRequest, parse_infer, text_bytes
 from service.v2.statistics import statistics
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -70,18 +70,18 @@ class InferRoutes:
         """
         pipeline = self._pipeline_for(request)
         limits = InferLimits(pipeline.decoder.height, pipeline.decoder.width, self.max_images)
-        header_length = request.headers.getlist(HEADER_LENGTH)
+        lengths = request.headers.getlist(HEADER_LENGTH)
+        header_length = ",".join(lengths) if lengths else None
         parsed: list[InferRequest] = []
 
         def parse(data: bytearray) -> InferRequest:
-            infer = parse_infer(data, ",".join(header_length) if header_length else None, limits)
-            if pipeline.policies[request.scope["state"]["tier"]].label_only:
-                infer.refuse_probabilities()  # before it costs anything
+            infer = parse_infer(data, header_length, limits)
             parsed.append(infer)
             return infer
 
-        answered = await pipeline.run(UnpackedRequest(request), parse)
-        body, headers = render_infer(parsed[0], answered.protected, pipeline.labels, pipeline.version)
+        version = request.path_params.get("version")
+        answered = await pipeline.run(UnpackedRequest(request), parse, version, text_bytes(header_length))
+        body, headers = render_infer(parsed[0], answered.protected, pipeline.labels, answered.version)
         body, encoding = pack(body, request.headers)
         return Response(body, headers={**answered.headers, **headers, **encoding})
 
@@ -134,8 +134,7 @@ class InferRoutes:
         if model != MODEL_NAME:
             raise Problem(404, f"there is no model {shown(model)}; this service has '{MODEL_NAME}'", "not-found")
         if version != pipeline.version:
-            detail = f"model '{MODEL_NAME}' has no version {shown(version)}; it has '{pipeline.version}'"
-            raise Problem(404, detail, "not-found")
+            raise no_such_version(shown(version), pipeline.version)
         return pipeline
 
     def _card(self, request: Request) -> ModelCard:

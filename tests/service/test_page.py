@@ -123,6 +123,15 @@ def labels_of(server: RunningServer, *files: Path) -> list[str]:
         return [prediction["label"] for prediction in client.post("/v1/classify", files=parts).json()["predictions"]]
 
 
+def scores_by_v2(server: RunningServer, file: Path) -> dict[str, float]:
+    """What the other protocol says of a file, by label."""
+    entry = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(file.read_bytes()).decode()]}
+    with server.client("127.0.0.9") as client:
+        labels = client.get("/v1/model").json()["labels"]
+        (probabilities, _) = client.post("/v2/models/palisade/infer", json={"inputs": [entry]}).json()["outputs"]
+    return dict(zip(labels, probabilities["data"], strict=True))
+
+
 def choose(page: Page, *files: Path | dict[str, Any]) -> None:
     page.locator("#files").set_input_files(list(files))  # type: ignore[arg-type]
 
@@ -150,6 +159,7 @@ def test_a_chosen_file_is_answered_with_bars_time_quota_and_the_same_in_curl(
     assert [re.sub(r"\s+", " ", row) for row in rows] == [
         f"{label} {100 * score:.0f}%" for label, score in list(prediction["scores"].items())[:5]
     ]
+    assert scores_by_v2(demo, CAT) == prediction["scores"]
     best = page.locator("#answer .bar span").first
     share = best.bounding_box()["width"] / page.locator("#answer .bar").first.bounding_box()["width"]  # type: ignore[index]
     assert share == pytest.approx(prediction["confidence"], abs=0.02)
@@ -160,6 +170,22 @@ def test_a_chosen_file_is_answered_with_bars_time_quota_and_the_same_in_curl(
     page.get_by_role("button", name="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator("#answer .curl code").inner_text()
     shoot(page, "upload")
+
+
+def test_the_apis_documentation_shows_every_route_and_asks_nobody_else(browser: Browser, demo: RunningServer) -> None:
+    context = browser.new_context(viewport=DESKTOP)
+    page, asked, troubles = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(f"{demo.url}/docs")
+    routes = httpx.get(f"{demo.url}/openapi.json").json()["paths"]
+    page.locator(".opblock").nth(sum(map(len, routes.values())) - 1).wait_for(timeout=1000 * PATIENCE_S)
+    page.get_by_text("/v1/classify", exact=True).click()
+    page.locator(".opblock-body .example").first.wait_for(timeout=1000 * PATIENCE_S)
+    shoot(page, "docs")
+    context.close()
+    assert [url for url in asked if not url.startswith((f"{demo.url}/", "data:", "blob:"))] == []
+    assert troubles == []
 
 
 def test_a_sample_is_answered_and_judged(visit: Visit, demo: RunningServer, tmp_path: Path) -> None:

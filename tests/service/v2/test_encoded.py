@@ -107,6 +107,19 @@ def test_another_datatype_or_content_type_is_a_400() -> None:
     assert refused(entry([1], data=["AA=="], parameters={"content_type": 1})).status == 400
 
 
+def test_base64_in_a_binary_tensor_waits_for_the_decoding_of_its_images() -> None:
+    texts = length_prefixed(base64_text(FILES[0]).encode(), b"?" * 100)
+    request = parsed({"inputs": [binary_entry([2], texts, content_type="base64")]}, texts)
+    assert request.images == 2
+    with pytest.raises(Problem, match="element 2 is not base64") as caught:
+        request.decode(DECODER, lambda: False)
+    assert caught.value.status == 400
+    small = length_prefixed(FILES[0])
+    assert parsed({"inputs": [binary_entry([1], small)]}, small).is_cheap()
+    small = length_prefixed(base64_text(FILES[0]).encode())
+    assert not parsed({"inputs": [binary_entry([1], small, content_type="base64")]}, small).is_cheap()
+
+
 def test_an_empty_file_is_a_400() -> None:
     raw = length_prefixed(b"")
     assert refused(binary_entry([1], raw), raw).status == 400
