@@ -82,7 +82,7 @@ REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length
 
 
 def test_a_tensor_request_holds_what_its_header_says() -> None:
-    requests = tensors(images=3, count=2, side=8)
+    requests = tensors(images=3, count=2, size=(8, 8))
     assert len({*requests.bodies}) == 2
     for rendered, body in zip(requests.rendered(), requests.bodies, strict=True):
         head, _, sent = rendered.partition(b"\r\n\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -11,17 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIServer
 
-import uvloop
+from service.client.key import API_KEY
+from service.commands.usage import add_command
 
-from model.checkpoint import CheckpointError
-from service import logs
-from service.keys import KeyFileError, read_keys
-from service.settings import Settings, read_settings
+if TYPE_CHECKING:  # a command's own imports are its own to wait for: `--help` answers at once
+    from wsgiref.simple_server import WSGIServer
 
-if TYPE_CHECKING:
     from service.metrics import Metrics
+    from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +29,27 @@ MULTIPROCESS_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # service.metrics.FOLDER, whi
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to ``palisade-serve``'s sub-parsers."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "run",
-        help="serve in the foreground until SIGTERM or Ctrl-C",
-        description="Serve in the foreground. Settings come from PALISADE_* environment variables (docs/operations.md).",
-        epilog="Exit status: 0 stopped cleanly, 1 failed, 2 wrong usage or settings.",
+        "serve in the foreground until SIGTERM or Ctrl-C",
+        "Serve in the foreground. Settings come from PALISADE_* environment variables (docs/operations.md); `palisade-serve "
+        "check` validates them first. The log is JSON, one object a line, on standard error.",
+        [
+            "palisade-serve run",
+            "PALISADE_HOST=0.0.0.0 PALISADE_KEYS_FILE=keys.json PALISADE_ANONYMOUS=off palisade-serve run",
+        ],
+        "Exit status: 0 stopped cleanly, 1 failed, 2 wrong usage or settings.",
     )
     command.set_defaults(run_command=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    from model.checkpoint import CheckpointError
+    from service import logs
+    from service.keys import KeyFileError, read_keys
+    from service.settings import read_settings
+
     del options
     settings = read_settings()
     if settings is None:
@@ -63,43 +73,60 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_one(settings: Settings) -> int:
     """Serve in this process."""
+    import uvloop
+
+    from service.admin import Admin
+    from service.admin_server import AdminServer
     from service.app import Service
     from service.engine import Engine
+    from service.garage import ThreadGarage
     from service.http_server import HttpServer
     from service.metrics import Metrics
+    from service.reload import Reloader
     from service.scheduler import Scheduler
-
-    metrics = Metrics()
-    engine = Engine(settings, metrics)
-    metrics_server = _serve_metrics(settings, metrics)
-    service = Service(settings, engine.header, Scheduler(settings, engine, metrics), metrics)
 
     def on_signal(number: int) -> None:
         log.info("%s: draining", signal.Signals(number).name)
         service.turn_unready()
 
-    server = HttpServer(settings, service, on_signal)
-    try:
-        server.run()
-    finally:
-        metrics_server.shutdown()
-        engine.close()
+    async def serve() -> None:
+        async with admin_server.serve(admin.asgi):
+            await server.serve()
+
+    metrics = Metrics()
+    with contextlib.closing(AdminServer(settings)) as admin_server:
+        engine = Engine(settings, metrics)
+        garage = ThreadGarage(settings, metrics, engine)
+        metrics_server = _serve_metrics(settings, metrics)
+        scheduler = Scheduler(settings, engine, metrics)
+        service = Service(settings, engine.header, scheduler, metrics)
+        server = HttpServer(settings, service, on_signal)
+        reloader = Reloader(settings.checkpoint, engine.header, scheduler, garage)
+        admin = Admin(settings, scheduler, reloader, garage, lambda: {"service": os.getpid()})
+        try:
+            uvloop.run(serve())
+        finally:
+            metrics_server.shutdown()
+            garage.engine.close()
     return 0 if server.started else 1
 
 
 def _run_many(settings: Settings) -> int:
     """Serve in several front-end processes and one engine process."""
+    import uvloop
+
     with tempfile.TemporaryDirectory(prefix="palisade-metrics-") as folder:
         os.environ[MULTIPROCESS_METRICS] = folder
+        from service.admin_server import AdminServer
         from service.coordinator import Coordinator
         from service.metrics import Metrics
 
         metrics = Metrics()
 
         async def coordinate(listener: socket.socket) -> int:
-            return await Coordinator(settings, listener, metrics).run()
+            return await Coordinator(settings, listener, metrics, admin_server).run()
 
-        with _listen(settings) as listener:
+        with contextlib.closing(AdminServer(settings)) as admin_server, _listen(settings) as listener:
             metrics_server = _serve_metrics(settings, metrics)
             try:
                 return uvloop.run(coordinate(listener))
@@ -131,7 +158,13 @@ def _serve_metrics(settings: Settings, metrics: Metrics) -> WSGIServer:
 def _warn(settings: Settings) -> None:
     if settings.limits == "off":
         log.warning("PALISADE_LIMITS=off: quotas are off, anybody may query without end")
-    known = {f"PALISADE_{name}".upper() for name in Settings.model_fields}
-    for name in sorted(os.environ):
-        if name.startswith("PALISADE_") and name not in known:
-            log.warning("%s is set but is no setting: see docs/operations.md", name)
+    for name in unknown_variables():
+        log.warning("%s is set but is no setting: see docs/operations.md", name)
+
+
+def unknown_variables() -> list[str]:
+    """Return the environment variables that look like settings and are none."""
+    from service.settings import Settings
+
+    known = {f"PALISADE_{name}".upper() for name in Settings.model_fields} | {API_KEY}
+    return sorted(name for name in os.environ if name.startswith("PALISADE_") and name not in known)

@@ -22,6 +22,7 @@ BAD_SETTINGS = {"port": "abc", "tier_anonymous_limits": "oops"}
 # Importing takes seconds, so one process imports and then forks for every command; each child is a process as an operator's.
 RUN_ALL = """
 import json, os, sys
+import service.app, service.engine, service.http_server
 from service.cli import main
 for name, command in json.load(sys.stdin).items():
     child = os.fork()
@@ -172,15 +173,15 @@ def test_every_request_that_was_accepted_before_sigterm_is_answered(checkpoint: 
     assert [line for line in server.log_lines() if line["level"] in ("error", "critical")] == []
 
 
-TRAINING_ONLY = ("training", "matplotlib", "scipy", "pandas", "tqdm", "hypothesis", "pytest", "httpx")
+NOT_FOR_SERVING = ("training", "matplotlib", "scipy", "pandas", "tqdm", "hypothesis", "pytest", "httpx", "rich")
 
 
-def test_the_service_runs_without_anything_that_only_training_or_tests_need() -> None:
+def test_the_service_runs_without_anything_that_only_training_tests_or_clients_need() -> None:
     code = f"""
 import sys
-for name in {TRAINING_ONLY!r}:
+for name in {NOT_FOR_SERVING!r}:
     sys.modules[name] = None  # as if it were not installed: importing it fails
-import service.cli
+import service.app, service.cli, service.coordinator, service.engine, service.frontend, service.http_server, service.tuner
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr

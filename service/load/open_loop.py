@@ -1,32 +1,18 @@
-"""The open-loop client: sends requests at times fixed in advance and notes when each was answered.
-
-    python -m benchmarks.open_loop FOLDER
-
-``benchmarks.load.open_loop`` writes the folder (``plan.json`` and one file per rendered request) and reads the JSON that this
-process prints. The client shares its cores with the server that it measures, so it does as little as it can: requests are
-rendered beforehand, and of an answer only the status, its length and ``Retry-After`` are looked at. Where it may, it takes a
-higher priority than the server, as a client on another machine need not wait for the server's cores.
-"""
+"""The open loop: requests go out at times fixed in advance, so that a client that waits can't hide a stall of the server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
-import gc
-import json
 import os
-import sys
 import time
-import urllib.parse
 from collections import deque
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import uvloop
+from service.load.connection import Connection, Target
 
 CONNECTIONS_AT_START = 8
-PRIORITY = -10
 GRACE_S = 15.0
 """How long answers are waited for after the last arrival: longer than the service's own deadline."""
 
@@ -55,91 +41,18 @@ class Timer:
         os.read(self.descriptor, 8)
 
 
-class Connection(asyncio.Protocol):
-    """One keep-alive connection with at most one request on its way."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._number = -1  # of the request on its way
-        self._transport: asyncio.Transport | None = None
-        self._received = b""
-        self._in_body = False
-        self._left = 0  # bytes of the answer's body to come, unless it is chunked
-        self._status = 0
-        self._retry_after = False
-        self._chunked = False
-        self._keep_alive = True
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-
-    def send(self, number: int, request: bytes) -> None:
-        """Send one request."""
-        assert self._transport is not None
-        self._number, self._received, self._in_body = number, b"", False
-        self._transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        """Look for the answer's end."""
-        if self._number < 0:  # a server that says why it closes an idle connection
-            return
-        if not self._in_body:
-            self._received += data
-            head, end, data = self._received.partition(b"\r\n\r\n")
-            if not end:
-                return
-            self._read_head(head.lower())
-            self._received = b""
-        if self._chunked:
-            self._received = self._received[-8:] + data
-            complete = self._received.endswith(b"0\r\n\r\n")
-        else:
-            self._left -= len(data)
-            complete = self._left <= 0
-        if complete:
-            self._finish()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Give the request on its way, if there is one, up for lost."""
-        del exc
-        self._client.lost(self, self._number)
-        self._number = -1
-
-    def close(self) -> None:
-        """Close without waiting for an answer."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _finish(self) -> None:
-        number, self._number = self._number, -1
-        keep_alive = self._keep_alive
-        self._client.answered(self, number, self._status, self._retry_after, keep_alive)
-        if not keep_alive:
-            self.close()
-
-    def _read_head(self, head: bytes) -> None:
-        self._in_body = True
-        self._status = int(head[9:12])
-        self._retry_after = b"\r\nretry-after:" in head
-        self._keep_alive = b"\r\nconnection: close" not in head
-        self._chunked = b"\r\ntransfer-encoding: chunked" in head
-        at = head.find(b"\r\ncontent-length:")
-        self._left = 0 if at < 0 else int(head[at + 17 :].partition(b"\r\n")[0])
-
-
-class Client:
+class OpenLoopClient:
     """Sends every request when it is due, on an idle connection or a new one, up to a bound.
 
     Args:
-        address: Host and port.
+        target: The service.
         requests: Rendered, sent in turn.
         due_s: When each request is due, in seconds from the start, in order.
         bound: Most connections.
     """
 
-    def __init__(self, address: tuple[str, int], requests: list[bytes], due_s: list[float], bound: int) -> None:
-        self._address = address
+    def __init__(self, target: Target, requests: list[bytes], due_s: list[float], bound: int) -> None:
+        self._target = target
         self._requests = requests
         self._due = due_s
         self._bound = bound
@@ -228,7 +141,7 @@ class Client:
 
     async def _connect(self) -> None:
         try:
-            _, connection = await asyncio.get_running_loop().create_connection(lambda: Connection(self), *self._address)
+            connection = await self._target.connect(self)
         except OSError:
             if self._waiting:  # nobody else might ever send it
                 self._waiting.popleft()
@@ -248,26 +161,3 @@ class Client:
         """End the run: an error of the client must not pass for the server's."""
         if not self._finished.done():
             self._finished.set_exception(context.get("exception") or RuntimeError(context["message"]))
-
-
-def main() -> None:
-    """Read the plan, carry it out and print what happened as JSON."""
-    folder = Path(sys.argv[1])
-    plan = json.loads((folder / "plan.json").read_text())
-    requests = [(folder / f"{number}.http").read_bytes() for number in range(plan["requests"])]
-    url = urllib.parse.urlsplit(plan["url"])
-    assert url.hostname
-    address = (url.hostname, url.port or 80)
-
-    async def run() -> dict[str, object]:
-        return await Client(address, requests, plan["due_s"], plan["connections"]).run()
-
-    with contextlib.suppress(PermissionError):  # a clock that waits for its turn on a busy core measures the scheduler
-        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
-    gc.freeze()
-    gc.disable()  # a collection would count as the server's latency
-    json.dump(uvloop.run(run()), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
