@@ -8,11 +8,11 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from model.execution import FastPath, load_fast_path
+from model.execution import FastPath
+from service.fast_path import fast_path_of
 from service.metrics import Metrics
 from service.serving import ModelFacts
 from service.settings import Settings
@@ -92,15 +92,7 @@ def step_back() -> None:
 
 def load(settings: Settings, metrics: Metrics) -> FastPath:
     """Return a checkpoint's fast path, warm."""
-    fast_path = load_fast_path(
-        settings.checkpoint,
-        settings.device,
-        settings.precision,
-        settings.top_k or None,
-        settings.threads,
-        settings.max_batch_size,
-        Path(settings.tuning_dir) if settings.tuning_dir else None,
-    )
+    fast_path = fast_path_of(settings)
     started = time.perf_counter()
     fast_path.warm_up()
     log.info("engine: %s on %s, warm after %.2f s", fast_path.description, fast_path.device, time.perf_counter() - started)
