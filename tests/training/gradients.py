@@ -1,6 +1,6 @@
-"""Takes joint steps as one of the workers that ``torchrun`` started (or alone) and writes the momentum to a file.
+"""Takes joint steps as one of the workers that ``torchrun`` started (or alone) and writes the momenta to files.
 
-After one step the momentum is the gradient: ``python -m tests.training.gradients OUT ACCUMULATE frozen|training STEPS``.
+After one step the momentum is the gradient: ``python -m tests.training.gradients FOLDER ACCUMULATE``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.data import Split
 from training.joint import JointTask
 from training.recipe import RECIPES, Schedule
 from training.stage import Stage, Trainer
-from training.worker import started
+from training.worker import Worker, started
 
 
 class FrozenTask(JointTask):
@@ -36,8 +36,24 @@ class FrozenTask(JointTask):
         return perturb(self.network, images, targets, Attack.fgsm(8 / 255), noise)
 
 
-def main(out: Path, accumulate: int, kind: type[JointTask], steps: int) -> None:
+CASES: dict[str, tuple[type[JointTask], int]] = {
+    "frozen-1": (FrozenTask, 1),
+    "frozen-3": (FrozenTask, 3),
+    "training-1": (JointTask, 1),  # with noise, and batch norms in training mode
+}
+"""The task, and how many steps it takes, by the name of the file that the momentum goes to."""
+
+
+def main(folder: Path, accumulate: int) -> None:
     torch.set_num_threads(1)
+    with started("cpu") as worker:
+        for name, (kind, steps) in CASES.items():
+            momentum = train(kind, steps, accumulate, worker)
+            if worker.first:
+                save_file(momentum, folder / name)
+
+
+def train(kind: type[JointTask], steps: int, accumulate: int, worker: Worker) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     architecture = Architecture(width=4, num_classes=3, num_experts=3, gate_width=4, height=16, input_width=16)
     mixture = Mixture(architecture).to(memory_format=torch.channels_last)
@@ -48,13 +64,11 @@ def main(out: Path, accumulate: int, kind: type[JointTask], steps: int) -> None:
     schedule = Schedule(epochs=3, batch_size=16, optimiser="sgd", weight_decay=0.0, precision="float32", accumulate=accumulate)
     recipe = replace(RECIPES["compact"], architecture=architecture, joint=schedule)
     recipe = replace(recipe, loss=replace(recipe.loss, balance=0.0, clean_share=1.0))
-    with started("cpu") as worker:
-        trainer = Trainer(Stage("joint", kind(mixture, recipe, data, worker.device), 3, 7, {}), data, worker)
-        for step in range(steps):
-            trainer.step(step)
-        if worker.first:
-            save_file({name: value.contiguous() for name, value in trainer.progress.optimiser.state().items()}, out)
+    trainer = Trainer(Stage("joint", kind(mixture, recipe, data, worker.device), 3, 7, {}), data, worker)
+    for step in range(steps):
+        trainer.step(step)
+    return {name: value.contiguous() for name, value in trainer.progress.optimiser.state().items()}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), {"frozen": FrozenTask, "training": JointTask}[sys.argv[3]], int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -288,7 +288,7 @@ def test_a_checkpoint_trained_at_another_temperature_answers_as_its_training_end
 
 def test_a_process_killed_in_the_middle_leaves_what_the_next_one_needs(tiny_run: TinyRun, tmp_path: Path) -> None:
     def arguments(folder: Path) -> list[str]:
-        long = ["--set", "pretrain.epochs=120", "--experts", "1", "--threads", "1"]
+        long = ["--set", "pretrain.epochs=40", "--experts", "1", "--threads", "1"]
         return ["pretrain", *tiny_run.arguments(folder), *long]
 
     state = tmp_path / "broken" / "expert-1.safetensors"

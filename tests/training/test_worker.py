@@ -15,19 +15,29 @@ from safetensors.torch import load_file
 from training.worker import Stop, Worker, started
 
 
-def gradients(out: Path, workers: int, accumulate: int, kind: str, steps: int = 1) -> dict[str, torch.Tensor]:
-    """Return the gradients of one step by so many processes, or the momentum after several."""
+def momenta(folder: Path, workers: int, accumulate: int) -> Path:
+    """Return the folder with what so many processes wrote: one momentum for each case of :mod:`tests.training.gradients`."""
+    folder.mkdir()
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launch, "-m", "tests.training.gradients", str(out), str(accumulate), kind, str(steps)]
+    command = [sys.executable, *launch, "-m", "tests.training.gradients", str(folder), str(accumulate)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert done.returncode == 0, done.stderr
-    return load_file(out)
+    return folder
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Path, steps: int) -> None:
-    one = gradients(tmp_path / "one", 1, 1, "frozen", steps)
-    two = gradients(tmp_path / "two", 2, 1, "frozen", steps)
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return momenta(tmp_path_factory.mktemp("workers") / "two", 2, 1)
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return momenta(tmp_path_factory.mktemp("workers") / "one", 1, 1)
+
+
+@pytest.mark.parametrize("case", ["frozen-1", "frozen-3"])
+def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(one_worker: Path, two_workers: Path, case: str) -> None:
+    one, two = load_file(one_worker / case), load_file(two_workers / case)
     assert one.keys() == two.keys()
     assert len(one) > 100
     for name, gradient in one.items():
@@ -35,9 +45,8 @@ def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(tmp_path: Pat
     assert max(gradient.abs().max() for gradient in one.values()) > 0.01
 
 
-def test_two_workers_have_the_gradients_of_one_that_accumulates_two_parts(tmp_path: Path) -> None:
-    parts = gradients(tmp_path / "parts", 1, 2, "training")  # with noise, and batch norms in training mode
-    two = gradients(tmp_path / "two", 2, 1, "training")
+def test_two_workers_have_the_gradients_of_one_that_accumulates_two_parts(tmp_path: Path, two_workers: Path) -> None:
+    parts, two = load_file(momenta(tmp_path / "parts", 1, 2) / "training-1"), load_file(two_workers / "training-1")
     for name, gradient in parts.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
