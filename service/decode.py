@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -83,15 +84,16 @@ class Decoder:
                 self._check(image, data)
                 image.load()
                 rgb = _to_rgb(_upright(image))
+                if rgb.size != (self.width, self.height):
+                    rgb = rgb.resize((self.width, self.height), Image.Resampling.BICUBIC)
+                pixels = np.asarray(rgb)  # (H, W, 3); the image may be the file, which closes here
         except Problem:
             raise
         except UnidentifiedImageError as error:
             raise _unidentified(data) from error
         except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
             raise bad_input(f"the image is damaged: {error}") from error
-        if rgb.size != (self.width, self.height):
-            rgb = rgb.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        return np.asarray(rgb).transpose(2, 0, 1)
+        return pixels.transpose(2, 0, 1)
 
     def _check(self, image: Image.Image, data: bytes) -> None:
         """Refuse what would cost too much, from the header alone."""
@@ -124,10 +126,9 @@ def is_small_png(data: bytes) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF says; one whose EXIF makes no sense stays as it lies."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image
+    with suppress(SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)  # what already stands upright is not copied
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -139,7 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _unidentified(data: bytes) -> Problem:
