@@ -7,6 +7,8 @@ from collections import OrderedDict
 
 import numpy as np
 
+from service.watch.fingerprint import told_apart
+
 
 class AnswerCache:
     """A bounded cache from an image's digest to its probabilities.
@@ -46,5 +48,9 @@ class AnswerCache:
 
 
 def digest(image: np.ndarray) -> bytes:
-    """Return the key of a decoded and resized image ``(3, H, W)``, uint8 or float32."""
-    return hashlib.sha256(np.ascontiguousarray(image).data).digest()  # of 3 H W bytes or of four times as many: never the same
+    """Return the key of a decoded and resized image ``(3, H, W)``, uint8 or float32.
+
+    Float images have one key when the watch takes them for repeats of each other.
+    """
+    data = np.ascontiguousarray(told_apart(image)).data
+    return hashlib.sha256(data).digest()  # of 3 H W bytes or of twice as many: never the same

@@ -44,7 +44,7 @@ MODEL: dict[str, Any] = {
     "policy": {"tier": "anonymous", "decimals": 2, "label_only": False},
     "quota": [
         {"window": "minute", "limit": 60, "remaining": 59, "reset_s": 60},
-        {"window": "day", "limit": 2000, "remaining": 1999, "reset_s": 86400},
+        {"window": "day", "limit": 500, "remaining": 499, "reset_s": 86400},
     ],
 }
 

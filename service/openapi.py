@@ -102,12 +102,12 @@ QUOTA = {
     "RateLimit-Policy": {
         "description": "Every window's quota in images (q) and its seconds (w; not if it is for life); absent without a quota.",
         "schema": TEXT,
-        "example": '"minute";q=60;w=60, "day";q=2000;w=86400',
+        "example": '"minute";q=60;w=60, "day";q=500;w=86400',
     },
     "RateLimit": {
         "description": "What is left of every window in images (r), and seconds until it starts anew (t; not if never).",
         "schema": TEXT,
-        "example": '"minute";r=59;t=60, "day";r=1999;t=86400',
+        "example": '"minute";r=59;t=60, "day";r=499;t=86400',
     },
 }
 RETRY = {

@@ -6,6 +6,7 @@ Rendered as RFC 9457 ``application/problem+json``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -93,12 +94,22 @@ def quota_exceeded(window: str, retry_after_s: float | None) -> Problem:
     return Problem(429, detail, "quota-exceeded", {"Retry-After": str(wait)})
 
 
-def abnormal_usage(retry_after_s: float) -> Problem:
-    """Return a 429: one of a long run of nearly equal images, as attacks send them."""
+def abnormal_usage(retry_after_s: float, refused: Sequence[int], images: int) -> Problem:
+    """Return a 429 for a whole request: some of its images continue a long run of nearly equal ones, as attacks send them.
+
+    Args:
+        retry_after_s: How long such images are refused.
+        refused: Their numbers in the request, from 1; one at least.
+        images: How many the request has.
+    """
     wait = max(1, math.ceil(retry_after_s))
+    which = others = ""
+    if len(refused) < images:
+        which = f"image{'s' if len(refused) > 1 else ''} {', '.join(map(str, refused))}: "
+        others = "; send the others without them"
     detail = (
-        f"too many nearly equal images, as an attack sends them; more of them are refused for {wait} s, other images are "
-        "answered; for video send fewer frames of a scene, or ask the operator for a trusted key"
+        f"{which}too many nearly equal images, as an attack sends them; more of them are refused for {wait} s{others}; "
+        "for video send fewer frames of a scene, or ask the operator for a trusted key"
     )
     return Problem(429, detail, "abnormal-usage-detected", {"Retry-After": str(wait)})
 

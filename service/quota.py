@@ -28,7 +28,7 @@ class Window:
 
 
 def parse_windows(text: str) -> tuple[Window, ...]:
-    """Parse ``"60/minute;2000/day;20000/lifetime"``; an empty text means no limit.
+    """Parse ``"60/minute;500/day;5000/lifetime"``; an empty text means no limit.
 
     Raises:
         ValueError: A window is not ``<images>/<second|minute|hour|day|lifetime>`` or a unit comes twice.
@@ -37,9 +37,7 @@ def parse_windows(text: str) -> tuple[Window, ...]:
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         match = re.fullmatch(r"([1-9][0-9]{0,11})\s*/\s*(second|minute|hour|day|lifetime)", part)
         if match is None:
-            raise ValueError(
-                f"'{part}' is not a limit; write images/unit with unit {', '.join(SECONDS)}, as 60/minute;2000/day"
-            )
+            raise ValueError(f"'{part}' is not a limit; write images/unit with unit {', '.join(SECONDS)}, as 60/minute;500/day")
         windows.append(Window(match[2], int(match[1]), SECONDS[match[2]]))
     if len({window.name for window in windows}) < len(windows):
         raise ValueError(f"'{text}' names a unit twice")

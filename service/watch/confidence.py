@@ -39,12 +39,11 @@ class Test:
         """The sum from which it speaks, in nats."""
         return math.log(self.horizon_images / self.false_alarms)
 
-    def evidence(self, rows: np.ndarray) -> np.ndarray:
-        """Return what each answer of ``rows`` ``(N, C)`` says for a thief, in nats, ``(N,)``."""
-        unsure = rows.max(axis=1) < self.unsure_below
-        for_thief = math.log(self.thief_share / self.honest_share)
-        against = math.log((1 - self.thief_share) / (1 - self.honest_share))
-        return np.where(unsure, for_thief, against)
+    def evidence(self, is_unsure: bool) -> float:
+        """Return what an answer says for a thief, in nats."""
+        if is_unsure:
+            return math.log(self.thief_share / self.honest_share)
+        return math.log((1 - self.thief_share) / (1 - self.honest_share))
 
 
 class Confidence:
@@ -65,9 +64,14 @@ class Confidence:
         """Bytes held."""
         return self._counts.nbytes + 8
 
-    def look(self, rows: np.ndarray) -> bool:
-        """Add answers ``(N, C)`` to new images; returns whether the caller looks like a thief now."""
-        np.add.at(self._counts, rows.argmax(axis=1), 1)
-        for nats in self._test.evidence(rows).tolist():
-            self._sum = min(max(0.0, self._sum + nats), 2 * self._test.threshold)  # bounded, so that a good while is forgiven
-        return self._sum > self._test.threshold and coverage(self._counts) >= LEAST
+    def look(self, row: np.ndarray) -> bool:
+        """Add the answer ``(C,)`` to a new image; returns whether it is unsure and the caller looks like a thief by it.
+
+        A sure answer never says so, however large the sum still is: it speaks for the caller.
+        """
+        label = int(row.argmax())
+        self._counts[label] += 1
+        is_unsure = bool(row[label] < self._test.unsure_below)
+        total = self._sum + self._test.evidence(is_unsure)
+        self._sum = min(max(0.0, total), 2 * self._test.threshold)  # bounded, so that a good while is forgiven
+        return is_unsure and self._sum > self._test.threshold and coverage(self._counts) >= LEAST

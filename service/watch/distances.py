@@ -7,9 +7,9 @@ of bounded size, of thumbnails, and the test looks at the latest distances.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
-import zlib
 from collections import deque
 
 import numpy as np
@@ -63,10 +63,12 @@ class Distances:
         least_w: Shapiro and Wilk's W below which the distances do not look like an honest caller's.
         classes: The model's.
         capacity: Thumbnails remembered, the latest few among them.
+        key: Bytes that nobody else knows, up to 64, so that nobody can tell which thumbnails stay.
     """
 
-    def __init__(self, least_w: float, classes: int, capacity: int) -> None:
+    def __init__(self, least_w: float, classes: int, capacity: int, key: bytes) -> None:
         self._least_w = least_w
+        self._key = key
         self._capacity = max(1, capacity - LATEST)
         self._sample: np.ndarray | None = None  # (M, V) uint8
         self._labels = np.full(self._capacity, -1, np.int16)  # (M,); -1 where there is no thumbnail yet
@@ -76,7 +78,6 @@ class Distances:
         self._distance_labels: deque[int] = deque(maxlen=TESTED)
         self._classes = classes
         self._fresh = 0
-        self._speaks = False
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +87,7 @@ class Distances:
         return sample + self._labels.nbytes + latest + 40 * len(self._distances)
 
     def look(self, thumbnail: np.ndarray, label: int) -> bool:
-        """Add a new image's thumbnail and its class; returns whether the caller looks like a thief now."""
+        """Add a new image's thumbnail and its class; returns whether it completes a test that finds a thief."""
         apart = math.inf if self._sample is None else nearest(self._sample[self._labels == label], thumbnail)
         to_latest = nearest(np.array([peer for peer, _ in self._latest]), thumbnail)
         if apart == 0 or to_latest < RETAKE * (apart if apart < math.inf else self._usual()):
@@ -95,14 +96,20 @@ class Distances:
             self._distances.append(apart)
             self._distance_labels.append(label)
             self._fresh += 1
-            if len(self._distances) == TESTED and self._fresh >= EVERY:
-                self._fresh = 0
-                counts = np.bincount(self._distance_labels, minlength=self._classes)
-                self._speaks = coverage(counts) >= LEAST and self.w() < self._least_w
         self._latest.append((thumbnail, label))
         if len(self._latest) > LATEST:
             self._keep(*self._latest.popleft())
-        return self._speaks
+        if len(self._distances) < TESTED or self._fresh < EVERY:
+            return False
+        self._fresh = 0
+        counts = np.bincount(self._distance_labels, minlength=self._classes)
+        return coverage(counts) >= LEAST and self.w() < self._least_w
+
+    def begin_anew(self) -> None:
+        """Forget the distances, so that the next test is of later ones only; the images stay."""
+        self._distances.clear()
+        self._distance_labels.clear()
+        self._fresh = 0
 
     def w(self) -> float:
         """Return W of the latest distances without outliers."""
@@ -115,10 +122,13 @@ class Distances:
         return sum(self._distances) / len(self._distances) if self._distances else 0.0
 
     def _keep(self, thumbnail: np.ndarray, label: int) -> None:
-        """Hold an even sample of all images: the ``n``-th one stays by a chance of capacity / n, drawn from its pixels."""
+        """Hold an even sample of all images: the ``n``-th one stays by a chance of capacity / n, drawn from pixels and key."""
         if self._sample is None:
             self._sample = np.zeros((self._capacity, len(thumbnail)), np.uint8)
-        row = self._seen if self._seen < self._capacity else zlib.crc32(thumbnail.tobytes()) % (self._seen + 1)
+        row = self._seen
+        if row >= self._capacity:
+            code = hashlib.blake2b(thumbnail.tobytes(), digest_size=8, key=self._key).digest()
+            row = int.from_bytes(code, "little") % (self._seen + 1)
         self._seen += 1
         if row < self._capacity:
             self._sample[row], self._labels[row] = thumbnail, label

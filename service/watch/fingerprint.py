@@ -30,6 +30,14 @@ FINEST = 64
 """Float images that differ by less than a 64th of a level everywhere are repeats: that is the noise of computing."""
 
 
+def told_apart(image: np.ndarray) -> np.ndarray:
+    """Return what an image ``(3, H, W)`` is compared by: itself if uint8, its 64ths of levels as uint16 if float32.
+
+    Whoever answers repeats compares them so, too: else they would be searched with, uncounted.
+    """
+    return image if image.dtype == np.uint8 else np.rint(image * (255 * FINEST)).astype(np.uint16)
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """What is kept of ``N`` images.
@@ -77,9 +85,7 @@ class Fingerprinter:
         return Fingerprints(exact, np.stack([self._smallest(row) for row in hashes]), fixed)
 
     def _digest(self, image: np.ndarray) -> int:
-        if image.dtype != np.uint8:
-            image = np.rint(image * (255 * FINEST)).astype(np.uint16)
-        data = np.ascontiguousarray(image).data
+        data = np.ascontiguousarray(told_apart(image)).data
         return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "little")
 
     def _hash_windows(self, codes: np.ndarray) -> np.ndarray:

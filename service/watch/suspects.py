@@ -67,6 +67,14 @@ class Suspects:
         entry = self._entries.get((caller, detector))
         return entry is not None and entry.until > self._clock()
 
+    def has_ended(self, caller: str, detector: str) -> bool:
+        """Tell, once, that a suspicion has run out."""
+        entry = self._entries.get((caller, detector))
+        if entry is None or entry.until > self._clock():
+            return False
+        del self._entries[caller, detector]
+        return True
+
     def list(self) -> list[Suspect]:
         """Return every suspicion in force, the one renewed last first."""
         now = self._clock()

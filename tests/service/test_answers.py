@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from service.answers import AnswerCache, digest
+from service.watch.fingerprint import Fingerprinter
 
 
 def row(value: float) -> np.ndarray:
@@ -52,3 +53,15 @@ def test_the_key_is_the_pixels_whatever_their_layout() -> None:
     changed = pixels.copy()
     changed[2, 3, 4] ^= 1
     assert digest(changed) != digest(pixels)
+
+
+def test_a_step_that_the_watch_takes_for_a_repeat_is_answered_as_one() -> None:
+    """Else a search by such steps would be answered and not counted."""
+    image = np.full((3, 4, 5), 100.2 / 255, np.float32)
+    step, larger = image.copy(), image.copy()
+    step[0, 0, 0] += 0.002 / 255
+    larger[0, 0, 0] += 0.05 / 255
+    take = Fingerprinter(b"secret").take
+    exact = take(np.stack([image, step, larger])).exact
+    assert [bool(exact[0] == each) for each in exact] == [True, True, False]
+    assert [digest(image) == digest(each) for each in (image, step, larger)] == [True, True, False]

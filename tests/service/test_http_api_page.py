@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from service import examples
+from service import examples, openapi
 from service.openapi import ProblemView
+from service.quota import Level, rate_limit_headers
+from service.settings import Settings
 from tests.service.conftest import ROOT, SharedEngine, serve_in_process
 
 PAGE = (ROOT / "docs/http-api.md").read_text()
@@ -75,6 +77,14 @@ def test_the_answers_on_the_page_are_those_of_the_document() -> None:
     assert blocks[:2] == [examples.ANSWER, examples.MODEL]
     assert blocks[2]["outputs"][0]["data"] == list(examples.SCORES)
     assert blocks[3:5] == [problem.view(), {"error": problem.detail}]
+
+
+def test_the_examples_quota_is_the_default_one() -> None:
+    windows = Settings().policies()["anonymous"].windows
+    shown = [(each["window"], each["limit"]) for each in examples.MODEL["quota"]]
+    assert shown == [(window.name, window.quota) for window in windows]
+    headers = rate_limit_headers([Level(window, window.quota - 1, float(window.seconds or 0)) for window in windows])
+    assert {name: openapi.QUOTA[name]["example"] for name in headers} == headers
 
 
 def test_examples_of_problems_are_complete() -> None:

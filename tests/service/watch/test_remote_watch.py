@@ -27,6 +27,15 @@ async def test_a_front_end_learns_the_policy_and_quota_of_a_suspect() -> None:
         assert await pair.remote.policy_of(KEY) == "standard"
 
 
+async def test_a_request_on_its_way_is_answered_by_the_policy_of_a_suspect_too() -> None:
+    async with Pair() as pair:
+        ticket = await pair.remote.admit(KEY, 1)
+        pair.scheduler._watch._suspects.suspect(KEY.id, "distances", 1)  # other requests' answers
+        await pair.remote.answer(ticket, photos(1, seed=1, side=8), in_time())
+        assert ticket.policy == "suspect"
+        pair.remote.settle(ticket, False)
+
+
 async def test_a_search_is_refused_through_a_front_end() -> None:
     steps = np.repeat(photos(1, seed=1, side=8), 130, axis=0)
     steps[:, 0, 0, 0] = np.arange(130)

@@ -29,6 +29,18 @@ def test_a_suspicion_ends_in_time_unless_it_is_renewed() -> None:
     assert suspects.list() == [Suspect("ann", "distances", since_s=0.0, until_s=60.0, images=1)]
 
 
+def test_that_a_suspicion_has_ended_is_told_once() -> None:
+    clock = Clock()
+    suspects = Suspects(60.0, 10, clock)
+    assert not suspects.has_ended("ann", "distances"), "there was none"
+    suspects.suspect("ann", "distances", 1)
+    assert not suspects.has_ended("ann", "distances")
+    clock.now += 60
+    assert not suspects.has_ended("ann", "near-duplicates")
+    assert suspects.has_ended("ann", "distances")
+    assert not suspects.has_ended("ann", "distances")
+
+
 def test_forgiving_drops_all_of_one_caller() -> None:
     clock = Clock()
     suspects = Suspects(60.0, 10, clock)

@@ -54,6 +54,7 @@ async def test_a_search_is_refused_charged_nothing_and_forgiven(engine: SharedEn
         assert (await infer(client, steps(20))).status_code == 200
         refused = await infer(client, steps(30)[20:])
         assert refused.status_code == 429
+        assert refused.json()["error"].startswith("image")
         assert "nearly equal images" in refused.json()["error"]
         assert int(refused.headers["Retry-After"]) == 3600
         assert "r=20" in refused.headers["RateLimit"], "a refused request is charged nothing"
@@ -78,8 +79,10 @@ async def test_a_suspect_gets_labels_and_a_smaller_quota(engine: SharedEngine) -
     strange = photos(60, seed=3)
     stub: Any = Unsure(engine)
     async with serve_in_process(stub, **settings) as served, served.client() as client:
-        first = await infer(client, strange)
+        first = await infer(client, strange[:5])
         assert {output["name"] for output in first.json()["outputs"]} == {"probabilities", "class_id"}
+        second = await infer(client, strange)
+        assert {output["name"] for output in second.json()["outputs"]} == {"class_id"}, "no more from the moment on"
         assert served.metric("palisade_suspicious_total", detector="off-distribution") > 0
         again = await infer(client, strange[:3])
         assert [output["name"] for output in again.json()["outputs"]] == ["class_id"]
@@ -91,3 +94,13 @@ async def test_a_suspect_gets_labels_and_a_smaller_quota(engine: SharedEngine) -
         assert view["quota"][0]["limit"] == 9
         async with served.client("192.0.2.2") as other:
             assert len((await infer(other, strange[:1])).json()["outputs"]) == 2, "nobody else is concerned"
+
+
+async def test_scores_that_were_asked_for_by_name_are_refused_from_the_moment_of_suspicion_on(engine: SharedEngine) -> None:
+    settings = {**OPEN, "watch_off_distribution": "on", "watch_horizon_images": 10, "watch_false_alarms": 0.5}
+    stub: Any = Unsure(engine)
+    asked = {"inputs": [tensor(photos(60, seed=3))], "outputs": [{"name": "probabilities"}]}
+    async with serve_in_process(stub, **settings) as served, served.client() as client:
+        reply = await client.post("/v2/models/palisade/infer", content=bytes(message(asked)[0]))
+        assert reply.status_code == 403
+        assert "0.19" not in reply.text
