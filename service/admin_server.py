@@ -22,6 +22,9 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+PROBE_S = 1.0
+LONGEST_PATH = 107
+"""Bytes of a Unix socket's path: what Linux's address has room for."""
 SHORTEST_KEY = 32
 
 
@@ -85,6 +88,7 @@ class AdminServer:
         self._key = read_admin_key(Path(settings.admin_key_file)) if settings.admin_port is not None else b""
         self._path = Path(settings.admin_socket) if settings.admin_socket else None
         self._unix = open_unix_socket(self._path) if self._path else None
+        self._file = _identity(self._path) if self._path else None
         try:
             self._tcp = _open_port(settings.admin_port) if settings.admin_port is not None else None
         except OSError:
@@ -105,6 +109,7 @@ class AdminServer:
         try:
             yield
         finally:
+            self._remove_file()  # while it still listens: as soon as it does not, another service may take the place
             for server, _ in servers:
                 server.should_exit = True
             await asyncio.gather(*tasks)
@@ -112,12 +117,32 @@ class AdminServer:
 
     def close(self) -> None:
         """Shut the doors and remove the Unix socket's file; a second time does nothing."""
+        self._remove_file()
         for door in (self._unix, getattr(self, "_tcp", None)):
             if door:
                 door.close()
-        if self._path and self._unix:
+
+    def _remove_file(self) -> None:
+        """Remove the Unix socket's file, unless another service's has come in its place."""
+        if self._path and self._file is not None and _identity(self._path) == self._file:
             self._path.unlink(missing_ok=True)
-            self._unix = None
+        self._file = None
+
+
+def check_unix_socket(path: Path) -> None:
+    """Look whether :func:`open_unix_socket` could open a socket, if nobody listens there; opens none.
+
+    Raises:
+        OSError: The path is too long, something else has that name, or the folder is missing or can't be written to.
+    """
+    with _named(path):
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise OSError(f"the path has more than {LONGEST_PATH} bytes")
+        if not path.parent.is_dir():
+            raise OSError("No such file or directory: its folder is missing")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OSError("its folder can't be written to")
+        _has_socket(path)
 
 
 def open_unix_socket(path: Path) -> socket.socket:
@@ -128,31 +153,60 @@ def open_unix_socket(path: Path) -> socket.socket:
     """
     door = socket.socket(socket.AF_UNIX)
     try:
-        _remove_stale(path)
-        os.fchmod(door.fileno(), 0o600)  # Linux makes the file with it, so that it is never open to others
-        door.bind(str(path))
-        door.listen()
-    except OSError as error:
+        with _named(path):
+            _remove_stale(path)
+            os.fchmod(door.fileno(), 0o600)  # Linux makes the file with it, so that it is never open to others
+            door.bind(str(path))
+            door.listen()
+    except OSError:
         door.close()
-        raise OSError(f"the admin socket {path} cannot be opened: {error.strerror or error}") from error
+        raise
     return door
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the socket in what goes wrong with it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"the admin socket {path} cannot be opened: {error.strerror or error}") from error
 
 
 def _remove_stale(path: Path) -> None:
     """Remove the socket file of a service that is gone."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
+    if not _has_socket(path):
         return
-    if not stat.S_ISSOCK(mode):
-        raise OSError("there is a file of that name that is no socket")
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_S)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
-        else:
-            raise OSError("another service listens there")
+            return
+        except (TimeoutError, BlockingIOError):  # it listens, but so many wait that it takes nobody
+            pass
+        raise OSError("another service listens there")
+
+
+def _has_socket(path: Path) -> bool:
+    """Tell whether there is a socket of that name; raises ``OSError`` if there is something else."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError("there is a file of that name that is no socket")
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from any other that had or will have its name; ``None`` if there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _open_port(port: int) -> socket.socket:

@@ -156,18 +156,22 @@ class Batcher:
         """Queue places held now."""
         return self._places_held
 
+    def check_room(self, images: int) -> None:
+        """Raise ``Problem`` 503 if the queue has no places for so many images, or the service is shutting down."""
+        if self._draining:
+            raise draining()
+        if self._places_held + images > self._max_queue:
+            raise overloaded(f"{self._places_held} images are waiting and the queue holds {self._max_queue}; try again")
+
     def reserve(self, images: int) -> Places:
         """Hold queue places for a request before its images are decoded.
 
         Raises:
             Problem: 503, the queue is full or the service is shutting down; 413, the request would never fit.
         """
-        if self._draining:
-            raise draining()
         if images > self._max_queue:
             raise Problem(413, f"{images} images in one request; the queue holds {self._max_queue}", "too-large")
-        if self._places_held + images > self._max_queue:
-            raise overloaded(f"{self._places_held} images are waiting and the queue holds {self._max_queue}; try again")
+        self.check_room(images)
         self._hold(images)
         return Places(images)
 
@@ -257,13 +261,14 @@ class Batcher:
         task = asyncio.create_task(self._run_batch(batch, alone))
         self._running.add(task)
         task.add_done_callback(self._batch_over)
-        if alone or len(self._running) == lanes:
+        if alone or len(self._running) >= lanes:  # more, if another engine has taken the place of one with more lanes
             self._lane_free.clear()
 
     def _batch_over(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._free_since = self._clock.time()
-        self._lane_free.set()
+        if len(self._running) < self._engine.lanes:
+            self._lane_free.set()
 
     def _take_batch(self, room: int) -> list[tuple[_Request, int, int]]:
         """Take slices ``(request, start, stop)`` from the queue's head, ``room`` images at most."""

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 SHORTEST_LIFE_S = 5.0
 """A front end that dies younger than this is started again after a pause."""
 
+RETRY_S = 1.0
+
 PATIENCE_S = 5.0
 """A front end that takes longer to learn of another model learns of it later."""
 
@@ -107,8 +109,13 @@ class Coordinator:
         Raises:
             CheckpointError: The checkpoint cannot be used, or not with these settings.
             EngineFailedError: It cannot be started for another reason.
+            OSError: There are no more processes, open files or memory to be had.
         """
-        engine = EngineProcess(self._settings, snapshot, self._metrics, self._tell_up)
+        try:
+            engine = EngineProcess(self._settings, snapshot, self._metrics, self._tell_up)
+        except BaseException:
+            snapshot.close()
+            raise
         try:
             await engine.start()
         except BaseException:
@@ -129,7 +136,7 @@ class Coordinator:
     async def _drain(self) -> None:
         """Let every front end finish what it has accepted; kill those that take too long."""
         self._draining = True
-        self._metrics.ready.set(0)
+        self._scheduler.turn_unready()
         self._listener.close()
         for front_end in self._front_ends:
             front_end.caller.tell_drain()
@@ -137,27 +144,37 @@ class Coordinator:
             async with asyncio.timeout(self._settings.drain_deadline_ms / 1000 + 5):
                 if self._front_ends:
                     await self._all_gone.wait()
+                await self._scheduler.drain()  # refunds may still be on their way to the store
         except TimeoutError:
             log.error("%d front ends did not stop in time", len(self._front_ends))
 
     async def _start_front_end(self) -> None:
         slots = slots_of(self._settings)
         memory = Slab.make_file(slots, self._architecture)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            snapshot = self.engine.snapshot
-            files = {"listen": self._listener.fileno(), "wire": theirs.fileno(), "memory": memory}
-            arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
-            command = [sys.executable, "-m", "service.frontend", *arguments, "--checkpoint", str(snapshot.path)]
-            process = subprocess.Popen(command, pass_fds=(*files.values(), snapshot.file))  # noqa: ASYNC220 (it returns at once)
-        slab = Slab(memory, slots, self._architecture)
-        os.close(memory)  # the slab keeps its own hold on it, and lets go with the front end
+        try:
+            slab = Slab(memory, slots, self._architecture)
+            ours, process = self._fork_front_end(memory)
+        finally:
+            os.close(memory)  # the slab keeps its own hold on it, and lets go with the front end
         caller = RemoteCaller(self._scheduler, slab, lambda: self._front_end_gone(front_end))
         front_end = _FrontEnd(process, caller, time.monotonic())
         self._front_ends.add(front_end)
         await caller.wire.open(ours)
         caller.tell_up(self.engine.is_up)
         caller.tell_version(self.engine.version)  # another may have come into use since
+
+    def _fork_front_end(self, memory: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                snapshot = self.engine.snapshot
+                files = {"listen": self._listener.fileno(), "wire": theirs.fileno(), "memory": memory}
+                arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+                command = [sys.executable, "-m", "service.frontend", *arguments, "--checkpoint", str(snapshot.path)]
+                return ours, subprocess.Popen(command, pass_fds=(*files.values(), snapshot.file))
+        except BaseException:
+            ours.close()
+            raise
 
     def _front_end_gone(self, front_end: _FrontEnd) -> None:
         self._front_ends.discard(front_end)
@@ -175,8 +192,14 @@ class Coordinator:
         log.error("a front end died with status %d; starting another", status)
         if time.monotonic() - front_end.started < SHORTEST_LIFE_S:
             await asyncio.sleep(SHORTEST_LIFE_S)
-        if not self._draining:
-            await self._start_front_end()
+        while not self._draining:
+            try:
+                await self._start_front_end()
+            except OSError as error:
+                log.error("a front end cannot be started, which is tried again in %g s: %s", RETRY_S, error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     def _tell_up(self) -> None:
         self._metrics.ready.set(int(self.engine.is_up and not self._draining))

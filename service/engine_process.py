@@ -38,6 +38,9 @@ STABLE_S = 60.0
 
 LONGEST_PAUSE_S = 30.0
 
+PATIENCE_S = 10.0
+"""An engine that takes longer to end is killed."""
+
 
 class EngineFailedError(RuntimeError):
     """The engine could not run a batch, or could not be started."""
@@ -69,7 +72,11 @@ class EngineProcess:
         self._batch = settings.max_batch_size
         architecture = snapshot.header.architecture
         self._memory = Slab.make_file(MOST_LANES * self._batch, architecture)
-        self._slab = Slab(self._memory, MOST_LANES * self._batch, architecture)
+        try:
+            self._slab = Slab(self._memory, MOST_LANES * self._batch, architecture)
+        except BaseException:
+            os.close(self._memory)
+            raise
         self._free_lanes = list(range(MOST_LANES))
         self._up = asyncio.Event()
         self._gone = asyncio.Event()
@@ -94,6 +101,7 @@ class EngineProcess:
         Raises:
             CheckpointError: The checkpoint cannot be used, or not with these settings.
             EngineFailedError: It cannot be started for another reason; the message is for the operator.
+            OSError: There are no more processes or open files to be had.
         """
         await self._spawn()
         self._watcher = asyncio.create_task(self._watch())
@@ -122,28 +130,35 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """End the engine for good; it is not started again."""
+        patience_s = PATIENCE_S if self._up.is_set() else 0.0  # one that is loading does not listen, and has nothing to finish
         self._up.set()  # lets go of who waits for it; another engine has taken its place
         if self._watcher is not None:
             self._watcher.cancel()
         if self._wire is not None:
             self._wire.close()  # the child ends when it reads the end of its socket
         if self._process is not None:
-            await asyncio.to_thread(_end, self._process)
+            await asyncio.to_thread(_end, self._process, patience_s)
             self._metrics.process_gone(self._process.pid)
         self.snapshot.close()
         os.close(self._memory)
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
-            descriptors = (theirs.fileno(), self._memory, self.snapshot.file)
-            command = [sys.executable, "-m", "service.engine_process", "--socket", str(descriptors[0]), "--memory"]
-            command += [str(descriptors[1]), "--checkpoint", str(self.snapshot.path)]
-            self._process = subprocess.Popen(command, pass_fds=descriptors)  # noqa: ASYNC220 (it returns at once)
-        self._gone.clear()
-        self._wire = Wire(self._told, self._lost)
-        await self._wire.open(ours)
-        ready = await self._reply(0)  # the child's first word is that it is warm
+        try:
+            with theirs:
+                descriptors = (theirs.fileno(), self._memory, self.snapshot.file)
+                command = [sys.executable, "-m", "service.engine_process", "--socket", str(descriptors[0]), "--memory"]
+                command += [str(descriptors[1]), "--checkpoint", str(self.snapshot.path)]
+                self._process = subprocess.Popen(command, pass_fds=descriptors)  # noqa: ASYNC220 (it returns at once)
+            self._gone.clear()
+            self._wire = Wire(self._told, self._lost)
+            # The child's first word is that it is warm; unlike for a lane's answer, nobody has to wait for it to the end.
+            hello = self._waiting[0] = asyncio.get_running_loop().create_future()
+            await self._wire.open(ours)
+        except BaseException:
+            ours.close()  # if a child was started, it ends by that
+            raise
+        ready = await hello
         self.lanes, self.facts = ready["lanes"], ModelFacts(**ready["facts"])
         self._up.set()
         self._on_change()
@@ -163,7 +178,7 @@ class EngineProcess:
             self._metrics.engine_restarts.inc()
             try:
                 await self._spawn()
-            except (CheckpointError, EngineFailedError) as error:
+            except (CheckpointError, EngineFailedError, OSError) as error:
                 log.error("the engine cannot be started again: %s", error)
                 self._gone.set()
 
@@ -177,6 +192,8 @@ class EngineProcess:
 
     def _told(self, message: Any) -> None:
         reply = self._waiting.pop(message["lane"])
+        if reply.cancelled():  # nobody waits for this child any more
+            return
         if "unusable" in message:
             reply.set_exception(CheckpointError(self.snapshot.explain(message["unusable"])))
         elif "error" in message:
@@ -190,12 +207,13 @@ class EngineProcess:
         self._gone.set()
         waiting, self._waiting = self._waiting, {}
         for reply in waiting.values():
-            reply.set_exception(EngineFailedError("the engine died"))
+            if not reply.cancelled():
+                reply.set_exception(EngineFailedError("the engine died"))
         if was_up:
             self._on_change()
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> int:
+def _end(process: subprocess.Popen[bytes], patience_s: float = PATIENCE_S) -> int:
     """Wait for a process that was asked to end, and kill it if it does not."""
     try:
         return process.wait(patience_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from model.checkpoint import CheckpointError
 from service.engine import Engine
@@ -36,12 +37,24 @@ class ThreadGarage:
             RuntimeError: The device has no room for it, say.
         """
         settings = self._settings.model_copy(update={"checkpoint": str(snapshot.path)})
+        given_up = threading.Event()
+
+        def load() -> Engine:
+            try:
+                engine = Engine(settings, self._metrics)
+            finally:
+                snapshot.close()  # not before: a thread cannot be stopped, and reads on when nobody waits for it any more
+            if given_up.is_set():
+                engine.close()
+            return engine
+
         try:
-            return await asyncio.to_thread(Engine, settings, self._metrics)
+            return await asyncio.to_thread(load)
         except ValueError as error:
             raise CheckpointError(snapshot.explain(str(error))) from error
-        finally:
-            snapshot.close()
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
     async def changed(self, engine: Engine) -> None:
         """Show the model in use and no other."""

@@ -67,12 +67,16 @@ class Scheduling(Protocol):
         """The version of the model that answers now."""
         ...
 
+    def check_room(self) -> None:
+        """Raise ``Problem`` 503 if it is known already that no image can be admitted now."""
+        ...
+
     async def admit(self, caller: Caller, images: int) -> Any:
         """Hold places and charge quota; returns an :class:`Admitted`."""
         ...
 
     async def answer(self, ticket: Any, images: np.ndarray, deadline: float) -> np.ndarray:
-        """Return exact probabilities ``(N, C)``, all by the one model whose version the ticket then has."""
+        """Return exact probabilities ``(N, C)``, all by one model; the ticket then has its version and their policy."""
         ...
 
     def settle(self, ticket: Any, refund: bool) -> None:
@@ -158,6 +162,7 @@ class Pipeline:
         """
         started = time.monotonic()
         caller = self.identify(request)
+        self.scheduler.check_room()  # under overload every refusal takes time from an answer, so it is the first thing asked
         body = await self.reader.read(request)
         try:
             parcel = await _take_apart(body, parse, text_bytes)
@@ -197,6 +202,7 @@ class Pipeline:
             parcel.check(self.policies[ticket.policy])
             images = await self._decode(parcel, deadline)  # (N, 3, H, W)
             rows = await self.scheduler.answer(ticket, images, deadline)
+            parcel.check(self.policies[ticket.policy])  # its caller may have become suspect since
             if version not in (None, ticket.version):  # it was replaced while the request was on its way
                 raise no_such_version(version, ticket.version)
             return rows

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from model.checkpoint import Header, resolve
-from service.problems import Problem
+from service.problems import Problem, draining
 from service.scheduler import Scheduler
 from service.serving import ModelFacts, VersionedEngine
 from service.snapshot import Snapshot
@@ -65,11 +65,11 @@ class Outcome:
     Attributes:
         time: When, in UTC, as RFC 3339 writes it.
         checkpoint: What was to be loaded.
-        outcome: ``done``, or ``refused``: then the model before goes on answering.
+        outcome: ``done``; or ``refused``, then the model before goes on answering; or ``failed``, by an error of the service.
         version: Of the model that answers since then.
         previous: Of the model that answered before.
         seconds: How long it took, loading and warming included.
-        detail: Why it was refused; empty if it was not.
+        detail: Why it was refused or failed; empty if it was done.
     """
 
     time: str
@@ -113,8 +113,10 @@ class Reloader:
 
         Raises:
             Problem: 409, a reload is going on, or the checkpoint has another input size or other classes; 422, it cannot be
-                used; 503, the machine has no room for two.
+                used; 503, the machine has no room for two, the engine in use hangs, or the service is about to stop.
         """
+        if not self._scheduler.is_ready:
+            raise draining()
         if self.is_busy:
             raise Problem(409, "a reload is going on: wait until it is over, then ask again", "reload-in-progress")
         self.is_busy = True
@@ -131,6 +133,10 @@ class Reloader:
         except Problem as problem:
             over("refused", problem.detail)
             log.warning("%s is not taken, version %s goes on: %s", name, previous, problem.detail)
+            raise
+        except Exception as error:
+            over("failed", "an internal error; the service's log says more")
+            log.error("the reload of %s failed: %r", name, error)  # whoever answers the request logs the trace
             raise
         finally:
             self.is_busy = False
@@ -153,10 +159,26 @@ class Reloader:
         except (OSError, RuntimeError) as error:
             raise Problem(503, f"{name} could not be loaded beside the model in use: {error}", "reload-failed") from error
         before = self._garage.engine
-        await self._scheduler.change_engine(engine)
+        await self._put_in_use(engine, name)
         self.checkpoint, self.path = name, origin
-        await self._garage.changed(engine)
-        await before.stop()
+        # At the same time: if the one before is down, the batches wait for it until it is stopped.
+        await asyncio.gather(self._garage.changed(engine), before.stop())
+
+    async def _put_in_use(self, engine: ReplaceableEngine, name: str) -> None:
+        """Answer with an engine from now on, or stop it; raises ``Problem`` 503 if that cannot be done."""
+        try:
+            if not engine.is_up:
+                raise Problem(
+                    503, f"{name}: its engine died as soon as it was warm; the service's log says more", "reload-failed"
+                )
+            await self._scheduler.change_engine(engine)
+        except TimeoutError:
+            await engine.stop()
+            detail = f"{name} is not taken: a request stays with the model in use, which seems to hang; restart the service"
+            raise Problem(503, detail, "reload-failed") from None
+        except BaseException:
+            await engine.stop()
+            raise
 
     def _check_fit(self, snapshot: Snapshot) -> None:
         """Raise ``Problem`` 409 unless callers can't tell the shapes and labels of the checkpoint from those in use."""

@@ -30,7 +30,7 @@ def slots_of(settings: Settings) -> int:
 
 @dataclass
 class RemoteTicket:
-    """An admitted request, by the number that the scheduler's process knows it by; ``version`` is that of the answer."""
+    """An admitted request, by the number that the scheduler's process knows it by; the answer brings version and policy."""
 
     number: int
     levels: list[Level]
@@ -86,6 +86,9 @@ class RemoteScheduler:
         if not self._up:
             raise engine_down()
 
+    def check_room(self) -> None:
+        """Do nothing: the scheduler's process knows."""
+
     async def admit(self, caller: Caller, images: int) -> RemoteTicket:
         """Hold places and charge quota; raises ``Problem`` 413, 429 or 503, and then nothing is held."""
         number = self._number()
@@ -112,7 +115,7 @@ class RemoteScheduler:
         self._waiting[number] = reply
         self._wire.send(["answer", number, ticket.number, slots, self._slab.write(slots, images), deadline])
         try:
-            ticket.version = await asyncio.shield(reply)
+            ticket.version, ticket.policy = await asyncio.shield(reply)
             return self._slab.read_answers(slots)
         except asyncio.CancelledError:
             self._wire.send(["drop", number])
@@ -254,12 +257,12 @@ class RemoteCaller:
         ticket = self._tickets[number] = await self._scheduler.admit(Caller(caller, tier), images)
         return [ticket.policy, [_values(level) for level in ticket.levels]]
 
-    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> str:
+    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> list[str]:
         del number
         admitted = self._tickets[ticket]
         rows = await self._scheduler.answer(admitted, self._slab.read(slots, kind), deadline)
         self._slab.write_answers(slots, rows)
-        return admitted.version
+        return [admitted.version, admitted.policy]
 
     async def _policy(self, number: int, caller: str, tier: str) -> str:
         del number

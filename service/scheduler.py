@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from model.checkpoint import EMBEDDED, read_header
 from service.admission import Admission, Ticket
 from service.answers import AnswerCache, digest
 from service.batcher import Batcher
@@ -23,6 +24,9 @@ from service.watch import Suspect, Watch
 
 log = logging.getLogger(__name__)
 
+LONGEST_BATCH_S = 10.0
+"""Beyond its deadline a request stays with the engine for no longer than this, unless the engine hangs."""
+
 
 class Scheduler:
     """Admits requests and answers them; one per device, in the process that talks to the engine.
@@ -36,7 +40,7 @@ class Scheduler:
     def __init__(self, settings: Settings, engine: VersionedEngine, metrics: Metrics) -> None:
         self._metrics = metrics
         self._serving = Serving(engine)
-        self._turnstile = Turnstile()
+        self._turnstile = Turnstile(settings.request_deadline_ms / 1000 + LONGEST_BATCH_S)
         self._batcher = Batcher(
             self._serving, settings.max_batch_size, settings.max_queue_delay_ms / 1000, settings.max_queue_images, metrics
         )
@@ -44,6 +48,7 @@ class Scheduler:
         self._admission = Admission(self._batcher, self._quotas.limiters, metrics)
         self._answers = AnswerCache(settings.answer_cache_images)
         self._watch = Watch(settings, metrics, time.monotonic)
+        self._watch.model_changed(_is_embedded(engine))
         self._runner: asyncio.Task[None] | None = None
         self._is_ready = False
 
@@ -51,6 +56,10 @@ class Scheduler:
         """Raise ``Problem`` 503 unless batches are being run."""
         if self._runner is None or self._runner.done():
             raise engine_down()
+
+    def check_room(self) -> None:
+        """Raise ``Problem`` 503 if not even one image can be admitted now."""
+        self._batcher.check_room(1)
 
     async def start(self) -> None:
         """Connect to the quotas' store, if there is one, and begin to run batches."""
@@ -74,10 +83,15 @@ class Scheduler:
 
         Requests on their way are answered by the old engine, whole; what comes meanwhile waits for the new one, and what was
         answered before is forgotten, so that nobody gets an answer of weights that are gone.
+
+        Raises:
+            TimeoutError: A request stays with the engine in use, which goes on: the engine hangs.
         """
+        is_embedded = _is_embedded(engine)
         async with self._turnstile.closed():
             before, self._serving.engine = self._serving.engine, engine
             self._answers = AnswerCache(self._answers.capacity)
+            self._watch.model_changed(is_embedded)
         return before
 
     def load(self) -> dict[str, int]:
@@ -107,12 +121,15 @@ class Scheduler:
     async def answer(self, ticket: Ticket, images: np.ndarray, deadline: float) -> np.ndarray:
         """Return exact probabilities ``(N, C)`` for ``images`` ``(N, 3, H, W)``, uint8 or float32 in ``[0, 1]``.
 
+        The ticket's policy is the one that they have to pass, which may have become that of suspects since it was admitted.
+
         Raises:
             Problem: 429 an attack's images, 503 the engine failed, 504 the deadline (monotonic seconds) passed.
         """
-        is_new = await self._watch.before(ticket.caller, images)
+        look = await self._watch.before(ticket.caller, images)
         rows = await self._answer_by_one_engine(ticket, images, deadline)
-        await self._watch.after(ticket.caller, images, rows, is_new)
+        await self._watch.after(ticket.caller, images, rows, look)
+        ticket.policy = (await self._watch.treat(ticket.caller)).tier
         return rows
 
     async def _answer_by_one_engine(self, ticket: Ticket, images: np.ndarray, deadline: float) -> np.ndarray:
@@ -164,3 +181,8 @@ class Scheduler:
         self.turn_unready()
         if not runner.cancelled() and (error := runner.exception()):
             log.critical("the batch loop died: nothing is answered any more", exc_info=error)
+
+
+def _is_embedded(engine: VersionedEngine) -> bool:
+    """Tell whether an engine's weights are a checkpoint's inside the package, whatever file they came from."""
+    return any(read_header(path).weights_sha256.startswith(engine.version) for path in EMBEDDED.values())

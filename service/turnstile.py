@@ -13,12 +13,16 @@ from service.problems import deadline_passed
 class Turnstile:
     """Counts who is inside. What is changed while it is closed is the same for a request from its first batch to its last.
 
+    Args:
+        patience_s: How long a change waits for those inside; ``None`` waits for ever.
+
     Attributes:
         inside: Requests that have entered and not left.
         waiting: Requests that are held back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float | None = None) -> None:
+        self._patience_s = patience_s
         self.inside = 0
         self.waiting = 0
         self._open = asyncio.Event()
@@ -45,10 +49,15 @@ class Turnstile:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Hold back whoever comes, wait until all others have left, and open again at the end. One caller at a time."""
+        """Hold back whoever comes, wait until all others have left, and open again at the end. One caller at a time.
+
+        Raises:
+            TimeoutError: Somebody stays inside; it is open again.
+        """
         self._open.clear()
         try:
-            await self._empty.wait()
+            async with asyncio.timeout(self._patience_s):
+                await self._empty.wait()
             yield
         finally:
             self._open.set()

@@ -23,6 +23,10 @@ LOOPBACK = ("127.0.0.1", "localhost")
 COLUMNS = ("caller", "detector", "since_s", "until_s", "images")
 
 
+class _NoWayError(Exception):
+    """There is no such socket, or the key file cannot be used; the message says which."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to ``palisade-serve``'s sub-parsers."""
     admin = add_command(
@@ -110,7 +114,7 @@ def _forgive(options: argparse.Namespace) -> int:
     return _ask(options, "POST", "/suspects/forgive", body, lambda answer: f"{answer['caller']} is forgiven")
 
 
-def _ask(options: argparse.Namespace, method: str, path: str, body: object, tell: Any) -> int:
+def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, str] | None, tell: Any) -> int:
     """Ask the service, print what it answers, and return the exit status.
 
     Args:
@@ -126,14 +130,17 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: object, tell
         client, where = _client(options)
     except ValueError as error:
         return fail(str(error), 2)
-    except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}", 1)
+    except _NoWayError as error:
+        return fail(str(error), 1)
     with client:
         try:
             reply = client.request(method, path, json=body)
-            answer = reply.json()
+        except UnicodeEncodeError:
+            return fail(printable(f"{' '.join((body or {}).values())}: is not UTF-8, so the service cannot be told of it"), 2)
         except httpx.HTTPError as error:
             return fail(f"{where}: no service answers there ({error}): does it run, with its admin interface on?", 1)
+        try:
+            answer = reply.json()
         except ValueError:
             return fail(f"{where}: what answers there is no Palisade's admin interface (status {reply.status_code})", 1)
     if options.json:
@@ -151,7 +158,7 @@ def _client(options: argparse.Namespace) -> tuple[httpx.Client, str]:
 
     Raises:
         ValueError: It is not said where the service is, or the place cannot be one.
-        OSError: There is no such socket, or the key file cannot be read.
+        _NoWayError: There is no such socket, or the key file cannot be used.
     """
     import httpx
 
@@ -163,21 +170,34 @@ def _client(options: argparse.Namespace) -> tuple[httpx.Client, str]:
         url = f"http://127.0.0.1:{port}" if port and not socket else None
     if socket:
         if not Path(socket).is_socket():
-            raise OSError(0, "there is no such socket; a service opens it that runs with PALISADE_ADMIN_SOCKET", socket)
+            raise _NoWayError(f"{socket}: there is no such socket; a service opens it that runs with PALISADE_ADMIN_SOCKET")
         transport = httpx.HTTPTransport(uds=socket)
         return httpx.Client(transport=transport, base_url="http://palisade", timeout=timeout, trust_env=False), socket
     if not url:
         raise ValueError("where is the service? Give --socket PATH or --url URL, or set PALISADE_ADMIN_SOCKET")
-    if urlsplit(url).scheme != "http" or urlsplit(url).hostname not in LOOPBACK:
+    if not _is_loopback(url):
         raise ValueError(f"{url}: the admin port is on the service's own machine only; write it as http://127.0.0.1:8003")
     file = options.key_file or os.environ.get("PALISADE_ADMIN_KEY_FILE")
     if not file:
         raise ValueError(f"{url}: the admin port needs a key; give --key-file FILE or set PALISADE_ADMIN_KEY_FILE")
+    from service.admin_server import AdminKeyError, read_admin_key
+
     try:
-        headers = {b"Authorization": b"Bearer " + Path(file).read_bytes().strip()}
-    except OSError as error:
-        raise OSError(error.errno, f"the admin key cannot be read: {error.strerror}", file) from error
+        headers = {b"Authorization": b"Bearer " + read_admin_key(Path(file))}
+    except AdminKeyError as error:
+        raise _NoWayError(str(error)) from error
     return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False), url
+
+
+def _is_loopback(url: str) -> bool:
+    """Tell whether a URL is one of a port of this machine, with a path at most."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:  # no number, or one that is too large
+        return False
+    is_plain = url.isascii() and url.isprintable()  # httpx takes no other
+    return is_plain and parts.scheme == "http" and parts.hostname in LOOPBACK and has_port
 
 
 def _describe(status: dict[str, Any]) -> str:

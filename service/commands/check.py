@@ -25,7 +25,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         commands,
         "check",
         "validate settings, keys and checkpoint, and show what would run",
-        "Validate the PALISADE_* settings and the key file, load the checkpoint and classify a blank image with it, reach for "
+        "Validate the PALISADE_* settings and the key files, load the checkpoint and classify a blank image with it, reach for "
         "the limiter's store if it is not memory, and show what `palisade-serve run` would do. Opens no port.",
         [
             "palisade-serve check",
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         problems = [line.removeprefix("palisade-serve: ") for line in said.getvalue().splitlines()]
         return _report(options, {}, problems, 2)
     problems, found = [], _plain(settings)
-    for look in (_look_at_keys, _look_at_store, _look_at_engine):
+    for look in (_look_at_keys, _look_at_admin_key, _look_at_admin_socket, _look_at_store, _look_at_engine):
         try:
             found |= look(settings)
         except _CannotRunError as error:
@@ -76,8 +76,10 @@ def _plain(settings: Settings) -> dict[str, Any]:
         "ports": {
             "http": _address(settings.host, settings.port),
             "metrics": _address(settings.metrics_host, settings.metrics_port),
-            "admin": settings.admin_socket
-            or (None if settings.admin_port is None else _address("127.0.0.1", settings.admin_port)),
+            "admin": [
+                *([settings.admin_socket] if settings.admin_socket else []),
+                *([] if settings.admin_port is None else [_address("127.0.0.1", settings.admin_port)]),
+            ],
         },
         "frontends": settings.frontends,
         "anonymous": settings.anonymous,
@@ -99,6 +101,32 @@ def _look_at_keys(settings: Settings) -> dict[str, Any]:
         raise _CannotRunError(str(error)) from error
     now = time.time()
     return {"keys": {"file": settings.keys_file, **Counter(key.state(now) for key in keys)}}
+
+
+def _look_at_admin_key(settings: Settings) -> dict[str, Any]:
+    from pathlib import Path
+
+    from service.admin_server import AdminKeyError, read_admin_key
+
+    if settings.admin_port is not None:
+        try:
+            read_admin_key(Path(settings.admin_key_file))
+        except AdminKeyError as error:
+            raise _CannotRunError(str(error)) from error
+    return {}
+
+
+def _look_at_admin_socket(settings: Settings) -> dict[str, Any]:
+    from pathlib import Path
+
+    from service.admin_server import check_unix_socket
+
+    if settings.admin_socket:
+        try:
+            check_unix_socket(Path(settings.admin_socket))
+        except OSError as error:
+            raise _CannotRunError(str(error)) from error
+    return {}
 
 
 def _look_at_store(settings: Settings) -> dict[str, Any]:
@@ -192,7 +220,11 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("engine", f"{engine['device']}, {engine['precision']}: {engine['plan']}"))
     if ports := found.get("ports"):
         front = f"{found['frontends']} front ends and an engine process" if found["frontends"] > 1 else "one process"
-        rows += [("HTTP", f"{ports['http']}, {front}"), ("metrics", ports["metrics"]), ("admin", ports["admin"] or "off")]
+        rows += [
+            ("HTTP", f"{ports['http']}, {front}"),
+            ("metrics", ports["metrics"]),
+            ("admin", " and ".join(ports["admin"]) or "off"),
+        ]
     if "keys" in found:
         keys = found["keys"]
         counts = ", ".join(f"{count} {state}" for state, count in keys.items() if state != "file") if keys else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import urllib.error
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,21 +98,32 @@ def probe(url: str, requests: Requests) -> None:
 def ask(url: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> bytes:
     """Return the body of an answer with status 200; without a body of its own the request is a GET.
 
-    No proxy is asked: the load that follows does not go through one either.
+    No proxy is asked, and no redirect followed, which could tell the key to another host: the load that follows does neither.
 
     Raises:
-        RuntimeError: Any other status; with the server's words.
+        RuntimeError: Any other status, with the server's words; or an answer that is not HTTP's.
         OSError: Nobody answers.
     """
     request = urllib.request.Request(url + path, body, dict(headers))  # noqa: S310 (the user's own address)
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects).open(request, timeout=60) as answer:
             content: bytes = answer.read()
             return content
     except urllib.error.HTTPError as error:
         with error:
             text = error.read(500).decode(errors="replace")
-        raise RuntimeError(f"{request.get_method()} {path} was answered {error.code}: {text}") from error
+        where = error.headers.get("Location") if error.code // 100 == 3 else None
+        told = f"by a redirect to {where}; give the service's own address" if where else f"{error.code}: {text}"
+        raise RuntimeError(f"{request.get_method()} {path} was answered {told}") from error
+    except http.client.HTTPException as error:
+        raise RuntimeError(f"{request.get_method()} {path} was not answered as HTTP has it ({error!r})") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for an error."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Follow nothing."""
 
 
 def _png(pixels: np.ndarray) -> bytes:

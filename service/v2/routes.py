@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -12,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.classify import MODEL_NAME
+from service.metrics import FOLDER
 from service.pipeline import Pipeline
 from service.problems import Problem, no_such_version
 from service.v2.compression import UnpackedRequest, pack
@@ -25,6 +30,38 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 MODEL = "/v2/models/{model}"
 VERSION = "/v2/models/{model}/versions/{version}"
+KEPT_S = 1.0
+
+
+class Counted:
+    """The statistics, read on a thread and once for all who ask meanwhile.
+
+    Where several processes count, reading means the files of every process that there has been, so it is kept for
+    ``KEPT_S``: whoever asks without end must not keep others waiting.
+
+    Args:
+        registry: The service's metrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._kept_s = KEPT_S if FOLDER in os.environ else 0.0
+        self._reading: asyncio.Future[dict[str, Any]] | None = None
+        self._version = ""
+        self._until = 0.0
+
+    async def of(self, version: str) -> dict[str, Any]:
+        """Return the body of ``GET /v2/models/{model}/stats`` for the model's version."""
+        reading = self._reading
+        if reading is None or version != self._version or (reading.done() and time.monotonic() >= self._until):
+            self._version = version
+            reading = self._reading = asyncio.ensure_future(asyncio.to_thread(self._read, version))
+        return await asyncio.shield(reading)  # others may wait for it, too
+
+    def _read(self, version: str) -> dict[str, Any]:
+        counted = statistics(self._registry, version)
+        self._until = time.monotonic() + self._kept_s
+        return counted
 
 
 @dataclass(frozen=True)
@@ -114,17 +151,21 @@ class InferRoutes:
 
     async def describe(self, request: Request) -> Response:
         """Describe the model's inputs and outputs, as far as the caller's policy shows them."""
-        return _json(describe_model(self._card(request)))
+        return _json(describe_model(await self._card(request)))
 
     async def configure(self, request: Request) -> Response:
         """Return the model's configuration, as far as the caller's policy shows it."""
-        return _json(configuration(self._card(request)))
+        return _json(configuration(await self._card(request)))
 
     async def stats(self, request: Request) -> Response:
         """Return what was counted so far."""
         pipeline = self._pipeline_for(request)
         pipeline.identify(request)
-        return _json(statistics(self.registry, pipeline.version))
+        return _json(await self._counted.of(pipeline.version))
+
+    @cached_property
+    def _counted(self) -> Counted:
+        return Counted(self.registry)
 
     def _pipeline_for(self, request: Request) -> Pipeline:
         """Return the way of requests for the model and version in a request's path; raises ``Problem`` 404 or 503."""
@@ -137,9 +178,9 @@ class InferRoutes:
             raise no_such_version(shown(version), pipeline.version)
         return pipeline
 
-    def _card(self, request: Request) -> ModelCard:
+    async def _card(self, request: Request) -> ModelCard:
         pipeline = self._pipeline_for(request)
-        policy = pipeline.policies[pipeline.identify(request).tier]
+        policy = await pipeline.policy_of(pipeline.identify(request))  # a suspect's is not its tier's
         return ModelCard(
             version=pipeline.version,
             classes=len(pipeline.labels),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections import Counter
@@ -18,11 +19,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from service.cli import main
 from tests.service.conftest import LABELS, PATIENCE_S, RunningServer, eventually
 from tests.service.pictures import MULTIPART, encode, multipart, noise, pixels
-from tests.service.test_frontends import Family
+from tests.service.test_frontends import Family, is_over, stopped
 
 KEY = "0123456789abcdef0123456789abcdef"
 IMAGES = 24
@@ -292,7 +294,8 @@ REFUSALS = {
 
 
 def refuse_all(server: RunningServer, door: httpx.Client, zoo: Zoo) -> None:
-    in_use = zoo.old if load(door, zoo.old.path) else zoo.new
+    in_use = zoo.old
+    load(door, in_use.path)
     with server.client() as client:
         for name, (status, words) in REFUSALS.items():
             reply = door.post("/reload", json={"checkpoint": str(zoo.bad[name])})
@@ -454,6 +457,33 @@ def test_the_command_asks_the_port_with_the_key(
     assert json.loads(capsys.readouterr().out)["status"] == 401
 
 
+def test_a_port_that_is_none_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PALISADE_ADMIN_PORT", "abc")
+    monkeypatch.setenv("PALISADE_ADMIN_KEY_FILE", "key")
+    assert main(["admin", "status"]) == 2
+    assert "127.0.0.1:abc" in capsys.readouterr().err
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(
+    single: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n{KEY[::-1]}\n")
+    where = ["--url", admin_port(single), "--key-file", str(tmp_path / "key")]
+    for more in ([], ["--json"]):
+        assert main(["admin", "status", *where, *more]) == 1
+        said = capsys.readouterr()
+        assert str(tmp_path / "key") in said.err
+        for secret in (KEY, KEY[::-1]):
+            assert secret not in said.out + said.err
+
+
+@pytest.mark.usefixtures("at_single")
+def test_a_name_that_json_cannot_hold_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["reload", "/models/\udcff.safetensors"], ["forgive", "\udcff"]):
+        assert main(["admin", *arguments]) == 2
+        assert "not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -462,6 +492,9 @@ def test_the_command_asks_the_port_with_the_key(
         (["--url", "http://192.0.2.1:8003", "--key-file", "key"], 2, "own machine only"),
         (["--url", "http://127.0.0.1:9", "--key-file", "missing"], 1, "missing: the admin key cannot be read"),
         (["--socket", "missing.sock"], 1, "missing.sock: there is no such socket"),
+        (["--url", "http://127.0.0.1:abc", "--key-file", "key"], 2, "127.0.0.1:abc: the admin port"),
+        (["--url", "http://127.0.0.1:65536", "--key-file", "key"], 2, "127.0.0.1:65536: the admin port"),
+        (["--url", "http://127.0.0.1:80/\x7f", "--key-file", "key"], 2, "the admin port"),
     ],
 )
 def test_the_command_says_what_it_needs(
@@ -471,9 +504,110 @@ def test_the_command_says_what_it_needs(
     assert words in capsys.readouterr().err
 
 
-def test_the_socket_goes_with_the_service(zoo: Zoo, tmp_path: Path) -> None:
+def search(client: httpx.Client, seed: int, steps: int) -> list[int]:
+    """The statuses of pictures that differ by one grain each, as a search for an adversarial one sends them."""
+    image = np.array(noise(seed))
+    statuses = []
+    for step in range(steps):
+        image[step % 32, step // 32] ^= 8
+        statuses.append(client.post("/v1/classify", files={"file": encode(Image.fromarray(image))}).status_code)
+    return statuses
+
+
+def test_suspects_are_listed_and_forgiven_and_outlast_a_reload_and_the_socket_goes_with_the_service(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "admin.sock"
-    with RunningServer(tmp_path, checkpoint=str(zoo.old.path), admin_socket=str(path)) as server:
+    monkeypatch.setenv("PALISADE_ADMIN_SOCKET", str(path))
+    with RunningServer(
+        tmp_path, checkpoint=str(zoo.old.path), precision="float32", admin_socket=str(path), tier_anonymous_limits="",
+        watch_sequence_images="5", watch_distances="off",
+    ) as server:  # fmt: skip
+        with server.client("127.0.2.1") as client:
+            assert 429 in search(client, 1, 12)
+            assert main(["admin", "reload", str(zoo.new.path)]) == 0
+            assert classify(client, [20])[0] == zoo.new.version, "other pictures are answered"
+            capsys.readouterr()
+            assert main(["admin", "suspects"]) == 0
+            shown = capsys.readouterr().out
+            assert "127.0.2.1" in shown
+            assert "near-duplicates" in shown
+            assert main(["admin", "suspects", "--json"]) == 0
+            (suspect,) = json.loads(capsys.readouterr().out)["suspects"]
+            assert (suspect["caller"], suspect["detector"]) == ("127.0.2.1", "near-duplicates")
+            assert suspect["images"] >= 1
+            assert main(["admin", "forgive", "127.0.2.1"]) == 0
+            assert capsys.readouterr().out == "127.0.2.1 is forgiven\n"
+            assert main(["admin", "suspects"]) == 0
+            assert capsys.readouterr().out == "nobody is suspected\n"
+            assert search(client, 1, 3) == [200] * 3
         assert path.is_socket()
         assert server.stop() == 0
     assert not path.exists()
+
+
+@contextmanager
+def reloading(family: Family, door: httpx.Client, checkpoint: Path) -> Iterator[tuple[int, Future[httpx.Response]]]:
+    """A reload whose engine has been started and held: its number, and what the reload will be answered."""
+    before = family.pids("engine_process")
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(door.post, "/reload", json={"checkpoint": str(checkpoint)})
+        eventually(lambda: len(family.pids("engine_process")) == len(before) + 1, "another engine is being loaded")
+        (engine,) = set(family.pids("engine_process")) - set(before)
+        with stopped(engine):
+            yield engine, answer
+
+
+def test_an_engine_that_is_killed_while_it_loads_does_not_take_the_place_of_the_other(
+    family: Family, zoo: Zoo, doors: Path
+) -> None:
+    with admin(doors, "family") as door, family.client() as client:
+        load(door, zoo.old.path)
+        with reloading(family, door, zoo.new.path) as (engine, answer):
+            os.kill(engine, signal.SIGKILL)
+            reply = answer.result(PATIENCE_S)
+        assert (reply.status_code, reply.json()["type"]) == (503, "urn:palisade:problem:reload-failed"), reply.text
+        status = door.get("/status").json()
+        assert (status["ready"], status["reloading"], status["last_reload"]["outcome"]) == (True, False, "refused")
+        assert classify(client, [1])[0] == zoo.old.version
+
+
+def test_an_engine_that_is_killed_while_another_loads_is_replaced_by_that(family: Family, zoo: Zoo, doors: Path) -> None:
+    with admin(doors, "family") as door, family.client() as client:
+        load(door, zoo.old.path)
+        old = family.engine()
+        with reloading(family, door, zoo.new.path) as (_, answer):
+            os.kill(old, signal.SIGKILL)
+            eventually(lambda: not door.get("/status").json()["ready"], "it is noticed")
+        assert answer.result(PATIENCE_S).json()["outcome"] == "done"
+        eventually(lambda: door.get("/status").json()["ready"], "the new one answers")
+        version, scores = classify(client, [1, 2])
+        assert version == zoo.new.version
+        np.testing.assert_allclose(scores, zoo.new.answers[[1, 2]], atol=ROUNDED)
+        eventually(lambda: len(family.pids("engine_process")) == 1, "nothing is left of the old one")
+
+
+def test_processes_that_cannot_be_started_again_are_tried_again(family: Family, zoo: Zoo, doors: Path) -> None:
+    front_ends, engine, parent = family.pids("frontend"), family.engine(), family.process.pid
+    begin = len(family.log_text())
+    usual = resource.prlimit(parent, resource.RLIMIT_NOFILE)
+    resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, usual[1]))  # as if others had used up all open files
+    try:
+        for pid in (engine, front_ends[0]):
+            os.kill(pid, signal.SIGKILL)
+        for words in ("the engine cannot be started again", "a front end cannot be started"):
+            eventually(lambda words=words: words in family.log_text()[begin:], words)  # type: ignore[misc]
+    finally:
+        resource.prlimit(parent, resource.RLIMIT_NOFILE, usual)
+    with admin(doors, "family") as door, family.client() as client:
+        eventually(lambda: bool(door.get("/status").json()["ready"]), "the engine is back")
+        eventually(lambda: len(family.pids("frontend")) == 2, "the front end is back")
+        assert classify(client, [1])[0] == door.get("/status").json()["model"]["version"]
+
+
+def test_sigterm_does_not_wait_for_a_reload(family: Family, zoo: Zoo, doors: Path) -> None:
+    """The last test of this server."""
+    with admin(doors, "family") as door, reloading(family, door, zoo.new.path) as (engine, answer):
+        assert family.stop() == 0, "though the engine that is being loaded says nothing"
+        assert is_over(engine)
+        assert isinstance(answer.exception(PATIENCE_S), httpx.TransportError) or answer.result().status_code >= 500

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import stat
 from pathlib import Path
 
 import pytest
 
-from service.admin_server import AdminKeyError, open_unix_socket, read_admin_key
+from service.admin_server import AdminKeyError, AdminServer, check_unix_socket, open_unix_socket, read_admin_key
+from service.settings import Settings
 from tests.service.test_cli import Failures
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -32,6 +34,49 @@ def test_a_live_socket_is_left_alone(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             first.accept()[0].close()
+
+
+def test_a_service_that_stops_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    first = AdminServer(Settings(admin_socket=str(path)))
+    path.rename(tmp_path / "old")  # as if it had stopped listening, and another had taken the place
+    second = AdminServer(Settings(admin_socket=str(path)))
+    first.close()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    second.close()
+    assert not path.exists()
+
+
+def test_a_service_that_listens_and_takes_nobody_is_left_alone_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.admin_server.PROBE_S", 0.01)
+    path = tmp_path / "admin.sock"
+    with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        for _ in range(2):
+            client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            client.connect_ex(str(path))
+        with pytest.raises(OSError, match="another service listens there"):
+            open_unix_socket(path)
+        assert path.is_socket()
+
+
+def test_where_no_socket_could_be_is_told_without_opening_one(tmp_path: Path) -> None:
+    check_unix_socket(tmp_path / "admin.sock")
+    assert list(tmp_path.iterdir()) == []
+    with open_unix_socket(tmp_path / "live"):
+        check_unix_socket(tmp_path / "live")
+    (tmp_path / "notes").write_text("precious")
+    for bad in ("notes", "missing/admin.sock", "x" * 108):
+        with pytest.raises(OSError, match="cannot be opened") as told:
+            check_unix_socket(tmp_path / bad)
+        with pytest.raises(OSError, match="cannot be opened"):
+            open_unix_socket(tmp_path / bad)
+        assert bad in str(told.value)
 
 
 def test_a_key_stands_alone_in_its_file(tmp_path: Path) -> None:

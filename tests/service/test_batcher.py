@@ -543,3 +543,28 @@ async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float, la
                 assert values(task.result()) == mine
         assert bench.batcher.queued_images == 0
         assert all(len(images) <= batch for images in bench.engine.batches)
+
+
+async def test_an_engine_with_fewer_lanes_than_the_one_before_gets_no_more_batches_than_it_has() -> None:
+    async with Bench(batch=4, automatic=False, lanes=3) as bench:
+        gone = [bench.send(1), bench.send(2), bench.send(3), bench.send(4)]
+        await settle()
+        lost = bench.engine.busy
+        assert lost >= 2
+        for task in gone:
+            task.cancel()
+        await settle()
+        before, bench.engine = bench.engine, FakeEngine(automatic=False, lanes=2)
+        bench.batcher._engine = bench.engine  # as a reload does when nobody waits any more
+        tasks = [bench.send(*range(8)) for _ in range(3)]
+        await settle()
+        most = bench.engine.busy
+        for _ in range(lost):
+            await before.finish()
+            most = max(most, bench.engine.busy)
+        assert most == 2
+        while not all(task.done() for task in tasks):
+            await bench.engine.finish()
+            most = max(most, bench.engine.busy)
+        assert [values(await task) for task in tasks] == [list(range(8))] * 3
+        assert most == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,32 @@ def test_a_service_that_does_not_answer_is_told(capsys: pytest.CaptureFixture[st
     assert main(["bench", "ftp://somewhere"]) == 2
     with pytest.raises(SystemExit, match="2"):
         main(["bench", url, "--rate", "-1"])
+
+
+def test_a_redirect_is_told_and_the_key_goes_to_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = tmp_path / "key"
+    key.write_text("palisade_a_b")
+    with scripted(lambda _: (200, {}, MODEL)) as (other, seen):
+        for status in (301, 302, 303, 307, 308):
+            moved: Answer = (status, {"Location": f"{other}/v1/model"}, {})
+            with scripted(lambda _, moved=moved: moved) as (url, _):  # type: ignore[misc]
+                assert main(["bench", url, "--seconds", "0.1", "--key-file", str(key)]) == 1
+            assert f"redirect to {other}" in capsys.readouterr().err
+        assert seen == []
+
+
+def test_what_answers_in_another_protocol_is_no_service(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        done = thread.submit(answer)
+        assert main(["bench", f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 1
+        done.result()
+    assert "not answered as HTTP has it" in capsys.readouterr().err
 
 
 def test_lost_connections_are_counted_and_opened_again() -> None:

@@ -75,6 +75,29 @@ def test_every_problem_is_told_and_no_password(
     assert err.count("palisade-serve: ") == 4
 
 
+def test_admin_doors_that_run_would_not_open_are_told_and_both_are_shown(
+    tmp_path: Path, settings: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings.setenv("PALISADE_CHECKPOINT", str(tmp_path / "none"))  # nothing is loaded: quick
+    settings.setenv("PALISADE_ADMIN_PORT", "8003")
+    settings.setenv("PALISADE_ADMIN_KEY_FILE", str(tmp_path / "no.key"))
+    settings.setenv("PALISADE_ADMIN_SOCKET", str(tmp_path / "missing" / "admin.sock"))
+    status, found, _ = check(capsys)
+    assert status == 1
+    assert found["ports"]["admin"] == [str(tmp_path / "missing" / "admin.sock"), "127.0.0.1:8003"]
+    for said in ("no.key: the admin key cannot be read", "admin.sock cannot be opened: No such file"):
+        assert sum(said in problem for problem in found["problems"]) == 1, (said, found["problems"])
+    (tmp_path / "no.key").write_text("0123456789abcdef" * 2)
+    (tmp_path / "missing").mkdir()
+    (problem,) = check(capsys)[1]["problems"]
+    assert "no such checkpoint file" in problem
+    (tmp_path / "missing" / "admin.sock").write_text("precious")
+    assert "no socket" in check(capsys)[1]["problems"][0]
+    settings.delenv("PALISADE_ADMIN_PORT")
+    settings.delenv("PALISADE_ADMIN_SOCKET")
+    assert check(capsys)[1]["ports"]["admin"] == []
+
+
 @needs_redis
 def test_a_store_that_is_up_is_no_problem(
     tmp_path: Path, settings: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

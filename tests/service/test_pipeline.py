@@ -19,7 +19,7 @@ from service.identity import Caller, Identifier
 from service.metrics import Metrics
 from service.pipeline import INLINE_BYTES, Pipeline, _take_apart
 from service.policy import Policy
-from service.problems import Problem
+from service.problems import Problem, overloaded
 from service.quota import Level
 from service.v2.request import parse_infer
 from tests.service.v2.messages import HEIGHT, LIMITS, WIDTH, pictures, tensor
@@ -60,6 +60,11 @@ class OneTicket:
     levels_left: list[Level] = field(default_factory=list)
     admitted: int = 0
     refunds: list[bool] = field(default_factory=list)
+    is_full: bool = False
+
+    def check_room(self) -> None:
+        if self.is_full:
+            raise overloaded("full")
 
     async def admit(self, caller: Caller, images: int) -> Any:
         self.admitted += images
@@ -90,6 +95,38 @@ def request(body: bytes) -> Request:
     return Request(scope, receive)
 
 
+def pipeline_of(scheduler: OneTicket, pool: ThreadPoolExecutor, anonymous_is_hidden: bool) -> Pipeline:
+    return Pipeline(
+        identifier=Identifier(None, anonymous=True),
+        reader=BodyReader(10**6, 10**6, 60),
+        scheduler=scheduler,
+        decoder=Decoder(HEIGHT, WIDTH, 10**6, 10**6),
+        decode_pool=pool,
+        policies={
+            "anonymous": Policy("anonymous", 2, label_only=anonymous_is_hidden),
+            "suspect": Policy("suspect", 2, label_only=True),
+        },
+        labels=("ant", "bee"),
+        deadline_s=60,
+        metrics=Metrics(),
+    )
+
+
+async def test_a_full_queue_is_told_before_the_body_is_waited_for() -> None:
+    asked_for = request(b"")
+
+    async def receive() -> Message:
+        raise AssertionError("the body was asked for")
+
+    asked_for._receive = receive
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Problem, match="full") as caught:
+        await pipeline_of(OneTicket("anonymous", is_full=True), pool, False).run(
+            asked_for, lambda data: parse_infer(data, None, LIMITS)
+        )
+    assert caught.value.status == 503
+    assert "Retry-After" in caught.value.headers
+
+
 @pytest.mark.parametrize(
     ("anonymous_is_hidden", "policy", "cost"), [(True, "anonymous", []), (False, "suspect", [True]), (False, "anonymous", None)]
 )
@@ -99,20 +136,7 @@ async def test_asking_for_what_the_policy_hides_is_a_403_that_costs_nothing(
     scheduler = OneTicket(policy)
     body = {"inputs": [tensor(pictures(2))], "outputs": [{"name": "probabilities"}]}
     with ThreadPoolExecutor(1) as pool:
-        pipeline = Pipeline(
-            identifier=Identifier(None, anonymous=True),
-            reader=BodyReader(10**6, 10**6, 60),
-            scheduler=scheduler,
-            decoder=Decoder(HEIGHT, WIDTH, 10**6, 10**6),
-            decode_pool=pool,
-            policies={
-                "anonymous": Policy("anonymous", 2, label_only=anonymous_is_hidden),
-                "suspect": Policy("suspect", 2, label_only=True),
-            },
-            labels=("ant", "bee"),
-            deadline_s=60,
-            metrics=Metrics(),
-        )
+        pipeline = pipeline_of(scheduler, pool, anonymous_is_hidden)
         answering = pipeline.run(request(json.dumps(body).encode()), lambda data: parse_infer(data, None, LIMITS))
         if cost is None:
             assert (await answering).protected.scores is not None

@@ -69,3 +69,13 @@ async def test_a_change_that_is_given_up_opens_again() -> None:
     await asyncio.wait([changing])
     await turnstile.enter(in_time())
     assert turnstile.inside == 2
+
+
+async def test_a_change_does_not_wait_for_ever_for_who_stays_inside() -> None:
+    turnstile = Turnstile(patience_s=0.001)
+    await turnstile.enter(in_time())
+    with pytest.raises(TimeoutError):
+        async with turnstile.closed():
+            raise AssertionError("somebody is inside")
+    await turnstile.enter(in_time())
+    assert turnstile.inside == 2

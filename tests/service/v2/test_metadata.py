@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
-from service.metrics import Metrics
+from service.metrics import FOLDER, Metrics
 from service.v2.metadata import ModelCard, configuration, describe_model, describe_server
+from service.v2.routes import Counted
 from service.v2.statistics import statistics
+from tests.service.conftest import SharedEngine, serve_in_process
+from tests.service.watch.pictures import photos
+from tests.service.watch.test_watched_service import OPEN, Unsure, infer
 
 CARD = ModelCard(version="abc", classes=10, height=32, width=40, max_images=128, max_queue_delay_us=2000, label_only=False)
 HIDDEN = dataclasses.replace(CARD, label_only=True)
@@ -83,3 +95,72 @@ def test_statistics_add_up_what_was_counted() -> None:
     assert stats["compute_input"] == {"count": 1, "ns": 500_000_000}
     assert stats["compute_infer"] == {"count": 2, "ns": 375_000_000}
     assert stats["compute_output"] == {"count": 0, "ns": 0}
+
+
+async def test_a_suspect_sees_the_outputs_that_it_gets(engine: SharedEngine) -> None:
+    settings = {**OPEN, "watch_off_distribution": "on", "watch_horizon_images": 10, "watch_false_alarms": 0.5}
+    stub: Any = Unsure(engine)
+    async with serve_in_process(stub, **settings) as served, served.client() as client:
+
+        async def outputs() -> tuple[list[str], list[str]]:
+            model = (await client.get("/v2/models/palisade")).json()["outputs"]
+            config = (await client.get("/v2/models/palisade/config")).json()["output"]
+            return [each["name"] for each in model], [each["name"] for each in config]
+
+        assert await outputs() == (["probabilities", "class_id"],) * 2
+        assert (await infer(client, photos(60, seed=3))).status_code == 200
+        assert await outputs() == (["class_id"],) * 2
+
+
+class Slow(Collector):
+    """Metrics that take as long to read as the test wants."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.reads = 0
+        self.gave_up = False
+
+    def collect(self) -> Iterator[Metric]:
+        self.reads += 1
+        self.begun.set()
+        self.gave_up |= not self.go_on.wait(2)
+        yield from ()
+
+
+async def test_reading_the_counts_holds_nobody_up_and_is_done_once_for_all_who_ask(engine: SharedEngine) -> None:
+    slow = Slow()
+    async with serve_in_process(engine) as served, served.client() as client:
+        slow.go_on.set()
+        served._metrics.registry.register(slow)
+        slow.reads = 0
+        slow.go_on.clear()
+        slow.begun.clear()
+        asked = [asyncio.create_task(client.get("/v2/models/palisade/stats")) for _ in range(10)]
+        await served.eventually(slow.begun.is_set)
+        assert (await client.get("/healthz")).status_code == 200
+        slow.go_on.set()
+        replies = await asyncio.gather(*asked)
+    assert not slow.gave_up, "the rest of the service went on meanwhile"
+    assert {reply.status_code for reply in replies} == {200}
+    assert slow.reads == 1
+
+
+async def test_the_files_of_many_processes_are_not_read_for_every_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, registry = Slow(), CollectorRegistry()
+    slow.go_on.set()
+    registry.register(slow)
+    slow.reads = 0
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("service.v2.routes.KEPT_S", 1000.0)
+    counted = Counted(registry)
+    assert await counted.of("a") == await counted.of("a")
+    assert slow.reads == 1
+    assert (await counted.of("b"))["model_stats"][0]["version"] == "b", "another model is told at once"
+    monkeypatch.delenv(FOLDER)
+    exact = Counted(registry)
+    slow.reads = 0
+    await exact.of("a")
+    await exact.of("a")
+    assert slow.reads == 2
