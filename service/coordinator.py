@@ -156,6 +156,7 @@ class Coordinator:
             ours, process = self._fork_front_end(memory)
         finally:
             os.close(memory)  # the slab keeps its own hold on it, and lets go with the front end
+        self._metrics.process_started(process.pid)
         caller = RemoteCaller(self._scheduler, slab, lambda: self._front_end_gone(front_end))
         front_end = _FrontEnd(process, caller, time.monotonic())
         self._front_ends.add(front_end)

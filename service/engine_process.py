@@ -150,6 +150,7 @@ class EngineProcess:
                 command = [sys.executable, "-m", "service.engine_process", "--socket", str(descriptors[0]), "--memory"]
                 command += [str(descriptors[1]), "--checkpoint", str(self.snapshot.path)]
                 self._process = subprocess.Popen(command, pass_fds=descriptors)  # noqa: ASYNC220 (it returns at once)
+            self._metrics.process_started(self._process.pid)
             self._gone.clear()
             self._wire = Wire(self._told, self._lost)
             # The child's first word is that it is warm; unlike for a lane's answer, nobody has to wait for it to the end.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from service.processes import Processes
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -32,6 +36,9 @@ class Metrics:
             "palisade_request_duration_seconds", "From first byte to last.", ["route"], buckets=SECONDS, registry=registry
         )
         self.queue_images = Gauge("palisade_queue_images", "Queue places held.", registry=registry, multiprocess_mode="livesum")
+        self.queue_capacity = Gauge(
+            "palisade_queue_capacity_images", "Queue places there are.", registry=registry, multiprocess_mode="livemax"
+        )
         self.queue_wait = Histogram(
             "palisade_queue_wait_seconds", "From the queue's end to a batch.", buckets=SECONDS, registry=registry
         )
@@ -65,6 +72,11 @@ class Metrics:
         self.suspicious = Counter(
             "palisade_suspicious", "Images that a detector found suspicious.", ["detector"], registry=registry
         )
+        # To Prometheus a series that begins at 1 has not grown, so what may count later is there from the start.
+        for decision in ("granted", "refused", "closed"):
+            self.limiter_fallback.labels(decision)
+        self.processes = Processes()
+        registry.register(self.processes)
         # Looking a child up by its labels costs as much as counting does.
         self._requests = cache(self.requests.labels)
         self._request_duration = cache(self.request_duration.labels)
@@ -78,14 +90,30 @@ class Metrics:
             return self.registry
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        registry.register(self.processes)
         return registry
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
         """Answer ``GET /metrics`` on a thread; returns the server (``server_port``, ``shutdown()``) and the thread."""
         return start_http_server(port, host, self.collected)
 
+    def expect_detectors(self, names: Iterable[str]) -> None:
+        """Show detectors that have found nothing yet."""
+        for name in names:
+            self.suspicious.labels(name)
+
+    def expect_quotas(self, windows: Iterable[tuple[str, str]]) -> None:
+        """Show quotas ``(tier, window)`` that have refused nobody yet."""
+        for tier, window in windows:
+            self.quota_denied.labels(tier, window)
+
+    def process_started(self, pid: int) -> None:
+        """Count a child process's memory, files and processor time in."""
+        self.processes.started(pid)
+
     def process_gone(self, pid: int) -> None:
         """Stop showing the gauges of a process that has ended; what it counted stays."""
+        self.processes.gone(pid)
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def waited(self, seconds: float) -> None:

@@ -35,6 +35,7 @@ class TierQuotas:
         self._shared: list[RedisLimiter] = []
         tiers = {tier: policy.windows for tier, policy in settings.policies().items() if policy.windows}
         metrics.limiter_store_up.set(1)
+        metrics.expect_quotas((tier, window.name) for tier, windows in tiers.items() for window in windows)
         if settings.limiter_store.get_secret_value() == "memory://" or settings.limits == "off":
             for tier, windows in tiers.items():
                 self.limiters[tier] = MemoryLimiter(windows, settings.limiter_max_callers, time.monotonic)

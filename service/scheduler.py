@@ -44,6 +44,7 @@ class Scheduler:
         self._batcher = Batcher(
             self._serving, settings.max_batch_size, settings.max_queue_delay_ms / 1000, settings.max_queue_images, metrics
         )
+        metrics.queue_capacity.set(settings.max_queue_images)
         self._quotas = TierQuotas(settings, metrics)
         self._admission = Admission(self._batcher, self._quotas.limiters, metrics)
         self._answers = AnswerCache(settings.answer_cache_images)

@@ -47,7 +47,7 @@ def test_operations_lists_every_setting_with_its_default() -> None:
 
 
 def test_operations_lists_every_metric() -> None:
-    documented = set(re.findall(r"^\| `(palisade_\w+)", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `((?:palisade|process)_\w+)", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
     kinds = {"counter": "_total", "histogram": "", "gauge": ""}
     exposed = {metric.name + kinds[metric.type] for metric in Metrics().registry.collect()}
     assert documented == exposed

@@ -73,6 +73,7 @@ class Watch:
     def __init__(self, settings: Settings, metrics: Metrics, clock: Callable[[], float], secret: bytes | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
+        metrics.expect_detectors((NEAR_DUPLICATES, OFF_DISTRIBUTION, DISTANCES))
         self._clock = clock
         self._modes = settings.watch_modes()
         self._test = _test_of(settings, settings.checkpoint in EMBEDDED)

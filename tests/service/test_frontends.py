@@ -208,6 +208,16 @@ def test_metrics_add_up_over_all_processes(family: Family, closing: list[httpx.C
     assert first.get("/metrics").status_code == 404
 
 
+def test_process_metrics_are_of_all_processes(family: Family) -> None:
+    pids = [family.process.pid, *_children(family.process.pid)]
+    assert family.metric("palisade_processes") == len(pids) == 4
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+    assert family.metric("process_resident_memory_bytes") == pytest.approx(sum(pages) * os.sysconf("SC_PAGE_SIZE"), rel=0.1)
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    cpu_s = sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+    assert family.metric("process_cpu_seconds_total") >= cpu_s
+
+
 def in_engine(family: Family, client: httpx.Client, threads: ThreadPoolExecutor) -> Future[httpx.Response]:
     """A request whose batch the engine has got."""
     before = family.batches()
@@ -243,6 +253,7 @@ def test_a_killed_engine_is_replaced_and_only_its_batch_is_refused(
         assert client.get("/readyz").status_code == 200
     assert left(first) == QUOTA - 4, "what was answered is charged, before and after, and what was refused is not"
     assert family.metric("palisade_engine_restarts_total") == 1
+    assert family.metric("palisade_processes") == 4
     assert family.metric("palisade_ready") == 1
     assert family.queued() == 0
 
