@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from typing import Any
@@ -140,3 +141,47 @@ async def test_probes_do_not_fill_the_log(engine: SharedEngine, caplog: pytest.L
             await client.get("/healthz")
             await client.get("/readyz")
     assert request_lines(caplog) == []
+
+
+async def test_no_line_has_pixels_however_the_request_ends(engine: SharedEngine, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(SharedEngine):
+        async def classify(self, images: np.ndarray, alone: bool) -> np.ndarray:
+            raise RuntimeError("out of memory")
+
+    grey = 0.7345129
+    tensor = {"name": "images", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": [grey] * 3072}
+    picture = base64.b64encode(encode(noise(0))).decode()
+    bodies: list[tuple[str, dict[str, Any], int]] = [
+        ("/v1/classify", {"images": [picture]}, 200),
+        ("/v1/classify", {"images": ["unmistakable" * 20]}, 400),
+        ("/v2/models/palisade/infer", {"inputs": [tensor]}, 200),
+        ("/v2/models/palisade/infer", {"inputs": [{**tensor, "shape": [1, 3, 32, 31]}]}, 422),
+        ("/v2/models/palisade/infer", {"inputs": [{**tensor, "data": ["unmistakable"] * 3072}]}, 400),
+    ]
+    with caplog.at_level(logging.INFO):
+        async with serve_in_process(engine) as served, served.client() as client:
+            for path, body, status in bodies:
+                reply = await client.post(path, json=body)
+                assert reply.status_code == status, reply.text
+        async with serve_in_process(Broken(engine._engine)) as served, served.client() as client:
+            for path, body in (bodies[0][:2], bodies[2][:2]):
+                assert (await client.post(path, json=body)).status_code == 503
+    lines = [JsonFormatter().format(record) for record in caplog.records if not record.name.startswith("httpx")]
+    assert len(lines) >= 7
+    words = ["unmistakable", str(grey), picture[:24], picture[-24:]]
+    assert [word for word in words if word in "\n".join(lines)] == []
+    told = {
+        "time",
+        "level",
+        "logger",
+        "message",
+        "request_id",
+        "method",
+        "route",
+        "status",
+        "duration_ms",
+        "tier",
+        "images",
+        "reason",
+    }
+    assert all(line.keys() <= told for line in request_lines(caplog))
