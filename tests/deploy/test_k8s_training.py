@@ -1,0 +1,69 @@
+"""The training Job and the TrainJob; the Job's command, on two "nodes" of this machine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from model.checkpoint import read_header
+from tests.deploy.manifests import ROOT, TRAINING, build, one, pods
+from tests.service.conftest import PATIENCE_S
+from tests.training.conftest import SETTINGS
+from training.cli import _parser
+
+
+def test_job_and_train_job_run_one_command_that_exists() -> None:
+    job = one(build("training/job"), "Job", "palisade-train")["spec"]
+    train_job = one(build("training/trainjob"), "TrainJob", "palisade-train")["spec"]["trainer"]
+    container = job["template"]["spec"]["containers"][0]
+    start = container["args"].index("-m")
+    assert container["command"] == train_job["command"] == ["torchrun"]
+    assert container["args"][start:] == train_job["args"]
+    assert train_job["args"][:2] == ["-m", "training.cli"]
+    options = _parser().parse_args(train_job["args"][2:])
+    assert f"--nnodes={job['completions']}" in container["args"]
+    assert job["completions"] == job["parallelism"] == train_job["numNodes"]
+    service = one(build("training/job"), "Service", "palisade-train")
+    assert f"--master-addr=palisade-train-0.{service['metadata']['name']}" in container["args"]
+    assert job["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
+    for name in TRAINING:
+        ((_, pod),) = pods(build(name))
+        (claim,) = [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+        shared = one(build(name), "PersistentVolumeClaim", claim["persistentVolumeClaim"]["claimName"])
+        assert shared["spec"]["accessModes"] == ["ReadWriteMany"]
+        (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == claim["name"]]
+        for path in (options.run, options.out):
+            assert path.is_relative_to(mount["mountPath"])
+
+
+def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path) -> None:
+    job = one(build("training/job"), "Job", "palisade-train")["spec"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    here = {
+        "--master-addr": "127.0.0.1",
+        "--master-port": str(port),
+        "--recipe": "compact",
+        "--data": str(colour_file),
+        "--run": str(tmp_path / "run"),
+        "--out": str(tmp_path / "made.safetensors"),
+        "--device": "cpu",
+    }
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    nodes = []
+    for index in range(job["completions"]):
+        arguments = []
+        for argument in job["template"]["spec"]["containers"][0]["args"]:
+            option, equals, value = argument.partition("=")
+            value = here.pop(option, value) if index else here.get(option, value)
+            arguments.append(option + equals + value.replace("$(JOB_COMPLETION_INDEX)", str(index)))
+        arguments.remove("--compile")  # minutes on a CPU
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, *settings]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    assert here == {}  # every option was there to be replaced
+    said = [node.communicate(timeout=PATIENCE_S)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert read_header(tmp_path / "made.safetensors").class_names == ("red", "green", "blue")
