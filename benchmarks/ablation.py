@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.hardware import describe
+from benchmarks.record import Record
 from model.architecture import Architecture
 from model.mixture import Mixture
 from training.attack import Attack
@@ -165,15 +166,14 @@ def main() -> None:
     options = _options()
     dataset = load_dataset(options.data)
     bench = _bench(dataset, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = options.out / "results.jsonl"
+    record = Record(options.out / "results.jsonl")
     unknown = options.arms - {arm.name for arm in (*SINGLE, *JOINT)}
     if unknown:
         raise SystemExit(f"no arm {sorted(unknown)[0]!r}; there are: {'; '.join(arm.name for arm in (*SINGLE, *JOINT))}")
     wanted = [arm for arm in (*SINGLE, *JOINT) if not options.arms or arm.name in options.arms]
     settings = {k: getattr(options, k) for k in ("width", "images", "epochs", "joint_epochs", "holdout", "batch_size")}
     settings |= {"data_sha256": dataset.digest, "torch": torch.__version__, "git_revision": git_revision()}
-    rows = [row for row in _complete(record) if row["settings"] == settings]
+    rows = [row for row in record.rows if row["settings"] == settings]
     for seed in range(options.seeds):
         experts: list[Alone] = []
         for arm in wanted:
@@ -183,20 +183,9 @@ def main() -> None:
                 experts = [bench.single(SINGLE[0], 100 * seed + number)[1] for number in range(3)]
             figures = bench.joint(arm, seed, experts) if arm in JOINT else bench.single(arm, 100 * seed)[0]
             rows.append({"arm": arm.name, "seed": seed, "settings": settings, **figures})
-            with record.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(json.dumps(rows[-1]), flush=True)
+            record.add(rows[-1])
     print(table(rows, BASE, TWICE), table(rows, JOINT_BASE, None), sep="\n\n")
     print(json.dumps({"benchmark": "ablation", "settings": settings, "hardware": describe(), "rows": rows}))
-
-
-def _complete(record: Path) -> list[dict[str, Any]]:
-    """Return the record's rows without one that a kill cut short."""
-    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        record.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
 
 
 def table(rows: list[dict[str, Any]], base: str, twice: str | None) -> str:
