@@ -81,7 +81,7 @@ def noisy(chance: np.random.Generator, levels: float) -> Callable[[np.ndarray], 
     return lambda image: as_png(image + chance.normal(0, levels / 255, image.shape))
 
 
-def search(name: str, oracle: Oracle, image: np.ndarray, label: int, seed: int) -> str:
+def search(name: str, oracle: Callable[[np.ndarray], np.ndarray], image: np.ndarray, label: int, seed: int) -> str:
     """Attack one image ``(3, H, W)`` float32; returns ``refused``, ``succeeded`` or ``gave up``."""
     from art.attacks.evasion import HopSkipJump, SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
