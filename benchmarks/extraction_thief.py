@@ -53,7 +53,7 @@ class Student:
     """
 
     width: int = 16
-    epochs: float = 40.0
+    epochs: float = 12.0
     batch_size: int = 64
     peak_lr: float = 0.04
 
