@@ -21,8 +21,8 @@ def test_job_and_train_job_run_one_command_that_exists() -> None:
     start = container["args"].index("-m")
     assert container["command"] == train_job["command"] == ["torchrun"]
     assert container["args"][start:] == train_job["args"]
-    assert train_job["args"][:2] == ["-m", "training.cli"]
-    options = _parser().parse_args(train_job["args"][2:])
+    assert train_job["args"][:3] == ["-m", "--", "training.cli"]
+    options = _parser().parse_args(train_job["args"][3:])
     assert f"--nnodes={job['completions']}" in container["args"]
     assert job["completions"] == job["parallelism"] == train_job["numNodes"]
     service = one(build("training/job"), "Service", "palisade-train")
