@@ -32,6 +32,11 @@ class Ticket:
     policy: str
     version: str = ""
 
+    @property
+    def left_queue(self) -> float | None:
+        """When its first image left the queue, in monotonic seconds; ``None`` if it never did."""
+        return self.places.left_queue
+
 
 class Admission:
     """Holds queue places and charges quota for requests.

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
@@ -33,6 +33,9 @@ from service.settings import Settings
 from service.v2.reply import problem_response
 from service.v2.routes import InferRoutes
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
+
 
 class Service:
     """One running instance: the ASGI application and what stops it cleanly.
@@ -42,16 +45,25 @@ class Service:
         header: Of the checkpoint that the scheduler's engine runs.
         scheduler: Queue, quotas and the way to the engine; started and stopped with the application.
         metrics: Counts.
+        tracing: Puts spans around every step; ``None`` costs nothing.
 
     Attributes:
         asgi: What the HTTP server runs.
     """
 
-    def __init__(self, settings: Settings, header: Header, scheduler: Scheduler | RemoteScheduler, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        header: Header,
+        scheduler: Scheduler | RemoteScheduler,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._settings = settings
         self._header = header
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing
         self._pipeline: Pipeline | None = None
         self._stopping = False
         app = FastAPIOffline(redoc_url=None, lifespan=self._lifespan, **openapi.DESCRIPTION)
@@ -69,7 +81,9 @@ class Service:
         app.add_exception_handler(ClientDisconnect, _answer_nobody)
         app.add_exception_handler(Exception, _answer_bug)
         busiest = {"/v1/classify": self._classify, f"/v2/models/{MODEL_NAME}/infer": infer.infer}
-        self.asgi = RequestLog(_Direct(app, busiest), metrics)
+        self.asgi: ASGIApp = RequestLog(_Direct(app, busiest), metrics)
+        if tracing is not None:
+            self.asgi = tracing.asgi(self.asgi)
 
     def turn_unready(self) -> None:
         """Fail the readiness probe from now on; requests that still arrive are answered."""
@@ -92,7 +106,7 @@ class Service:
     def _build_pipeline(self, decode_pool: ThreadPoolExecutor) -> Pipeline:
         settings, architecture = self._settings, self._header.architecture
         keys = KeyStore(Path(settings.keys_file)) if settings.keys_file else None
-        return Pipeline(
+        pipeline = Pipeline(
             identifier=Identifier(keys, settings.anonymous == "on", settings.trusted_proxies, settings.forwarded_header),
             reader=BodyReader(settings.max_body_bytes, settings.max_in_flight_bytes, settings.body_deadline_ms / 1000),
             scheduler=self._scheduler,
@@ -103,6 +117,7 @@ class Service:
             deadline_s=settings.request_deadline_ms / 1000,
             metrics=self._metrics,
         )
+        return pipeline if self._tracing is None else self._tracing.pipeline(pipeline)
 
     def _ready(self) -> Pipeline:
         if self._pipeline is None:
@@ -127,6 +142,23 @@ class Service:
     async def _readyz(self) -> dict[str, str]:
         self._check_ready()
         return {"status": "ready"}
+
+
+def tracing_of(settings: Settings) -> Tracing | None:
+    """Return what puts spans around a service, if the settings say so.
+
+    Raises:
+        RuntimeError: They do, and OpenTelemetry is not installed.
+    """
+    if settings.tracing == "off":
+        return None
+    try:
+        from service.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"PALISADE_TRACING=on needs the extra `tracing`: pip install 'palisade[tracing]' ({error})"
+        ) from error
+    return Tracing()
 
 
 class _Direct:

@@ -89,6 +89,7 @@ class Places:
     """Queue places held for a request; released once, when its images leave the queue or the request fails."""
 
     images: int
+    left_queue: float | None = None  # the clock's time when the first image went to the engine
 
 
 @dataclass(eq=False)
@@ -280,6 +281,7 @@ class Batcher:
                 self._drop(request)
                 continue
             if request.taken == 0:
+                request.places.left_queue = now
                 self._observer.waited(now - request.enqueued)
             start, stop = request.taken, min(len(request.images), request.taken + room)
             batch.append((request, start, stop))

@@ -8,7 +8,7 @@ import sys
 
 from model.checkpoint import read_header
 from service import logs
-from service.app import Service
+from service.app import Service, tracing_of
 from service.http_server import HttpServer
 from service.metrics import Metrics
 from service.remote import RemoteScheduler, slots_of
@@ -35,7 +35,7 @@ def main() -> int:
 
     slab, version = Slab(options.memory, slots, header.architecture), header.weights_sha256[:VERSION_DIGITS]
     scheduler = RemoteScheduler(lambda end: end.open(wire), slab, slots, stop, version)
-    service = Service(settings, header, scheduler, Metrics())
+    service = Service(settings, header, scheduler, Metrics(), tracing_of(settings))
     server = HttpServer(settings, service, on_signal=None)
     server.run(sockets=[socket.socket(fileno=options.listen)])
     return 0 if server.started else 1

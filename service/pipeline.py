@@ -58,6 +58,11 @@ class Admitted(Protocol):
     policy: str
     version: str
 
+    @property
+    def left_queue(self) -> float | None:
+        """When its first image left the queue, in monotonic seconds; ``None`` if it never did."""
+        ...
+
 
 class Scheduling(Protocol):
     """What the pipeline asks of a scheduler, in this process or another; see :class:`service.scheduler.Scheduler`."""

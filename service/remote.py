@@ -36,6 +36,7 @@ class RemoteTicket:
     levels: list[Level]
     policy: str
     version: str = ""
+    left_queue: float | None = None
 
 
 class RemoteScheduler:
@@ -115,7 +116,7 @@ class RemoteScheduler:
         self._waiting[number] = reply
         self._wire.send(["answer", number, ticket.number, slots, self._slab.write(slots, images), deadline])
         try:
-            ticket.version, ticket.policy = await asyncio.shield(reply)
+            ticket.version, ticket.policy, ticket.left_queue = await asyncio.shield(reply)
             return self._slab.read_answers(slots)
         except asyncio.CancelledError:
             self._wire.send(["drop", number])
@@ -257,12 +258,12 @@ class RemoteCaller:
         ticket = self._tickets[number] = await self._scheduler.admit(Caller(caller, tier), images)
         return [ticket.policy, [_values(level) for level in ticket.levels]]
 
-    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> list[str]:
+    async def _answer(self, number: int, ticket: int, slots: list[int], kind: str, deadline: float) -> list[str | float | None]:
         del number
         admitted = self._tickets[ticket]
         rows = await self._scheduler.answer(admitted, self._slab.read(slots, kind), deadline)
         self._slab.write_answers(slots, rows)
-        return [admitted.version, admitted.policy]
+        return [admitted.version, admitted.policy, admitted.left_queue]
 
     async def _policy(self, number: int, caller: str, tier: str) -> str:
         del number

@@ -151,6 +151,7 @@ class Settings(BaseSettings):
     )
     admin_key_file: str = Field("", description="File that holds the key of that port.")
 
+    tracing: Literal["on", "off"] = Field("off", description="Spans of every request's steps, sent by OpenTelemetry.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line written.")
 
     @field_validator("limiter_store")

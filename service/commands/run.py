@@ -77,7 +77,7 @@ def _run_one(settings: Settings) -> int:
 
     from service.admin import Admin
     from service.admin_server import AdminServer
-    from service.app import Service
+    from service.app import Service, tracing_of
     from service.engine import Engine
     from service.garage import ThreadGarage
     from service.http_server import HttpServer
@@ -99,7 +99,7 @@ def _run_one(settings: Settings) -> int:
         garage = ThreadGarage(settings, metrics, engine)
         metrics_server = _serve_metrics(settings, metrics)
         scheduler = Scheduler(settings, engine, metrics)
-        service = Service(settings, engine.header, scheduler, metrics)
+        service = Service(settings, engine.header, scheduler, metrics, tracing_of(settings))
         server = HttpServer(settings, service, on_signal)
         reloader = Reloader(settings.checkpoint, engine.header, scheduler, garage)
         admin = Admin(settings, scheduler, reloader, garage, lambda: {"service": os.getpid()})
@@ -118,10 +118,12 @@ def _run_many(settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="palisade-metrics-") as folder:
         os.environ[MULTIPROCESS_METRICS] = folder
         from service.admin_server import AdminServer
+        from service.app import tracing_of
         from service.coordinator import Coordinator
         from service.metrics import Metrics
 
         metrics = Metrics()
+        tracing_of(settings)  # if it can't be had, nobody should learn that from every front end
 
         async def coordinate(listener: socket.socket) -> int:
             return await Coordinator(settings, listener, metrics, admin_server).run()

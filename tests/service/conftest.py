@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model.checkpoint import Header
     from service.app import Service
     from service.engine import Engine
+    from service.tracing import Tracing
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -116,14 +117,14 @@ class InProcess:
 
 
 @asynccontextmanager
-async def serve_in_process(engine: SharedEngine, **settings: Any) -> AsyncIterator[InProcess]:
+async def serve_in_process(engine: SharedEngine, spans: Tracing | None = None, **settings: Any) -> AsyncIterator[InProcess]:
     """Run the real service in this process; quotas are off unless asked for."""
     from service.app import Service
     from service.scheduler import Scheduler
 
     metrics = Metrics()
     chosen = Settings(**{"limits": "off", **settings})
-    service = Service(chosen, engine.header, Scheduler(chosen, engine, metrics), metrics)
+    service = Service(chosen, engine.header, Scheduler(chosen, engine, metrics), metrics, spans)
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     lifespan = asyncio.create_task(service.asgi({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
