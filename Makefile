@@ -72,7 +72,7 @@ clients: setup ## install kserve's client, whose pins fit nothing else, into an 
 
 .PHONY: requirements
 requirements: ## write the pinned requirement files anew
-	$(COMPILE) pyproject.toml --extra cpu --extra redis --output-file requirements/service.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra redis --extra tracing --output-file requirements/service.txt
 	$(COMPILE) pyproject.toml --extra dev --output-file requirements/dev.txt
 	echo kserve | $(COMPILE) - --output-file requirements/clients.txt
 	echo uv | $(COMPILE) - --output-file requirements/uv.txt
