@@ -82,6 +82,9 @@ def test_the_service_counts_in_redis_and_nobody_else_may_do_anything(tmp_path: P
             own.flushall()
         with redis.Redis(port=port) as stranger, pytest.raises(redis.exceptions.AuthenticationError):
             stranger.ping()
+    with redis_of_the_component(tmp_path) as port:  # what was used up is not forgotten by a restart
+        here = url.replace("$(REDIS_PASSWORD)", PASSWORD).replace("palisade-redis:6379", f"127.0.0.1:{port}")
+        assert asyncio.run(granted(here, 1)) == [False]
 
 
 async def granted(url: str, requests: int) -> list[bool]:
