@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 DATA ?= cifar10
+# Test files that run side by side.
+JOBS ?= 2
 # How the embedded checkpoint was made: two joint epochs, then half of one and four more, each from the result of the one before.
 JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoint --set joint.epochs=0.5 \
 	--set joint.peak_lr=0.008 --set joint_epsilons=[0.037] --set loss.clean=0.1
@@ -32,7 +34,7 @@ serve: setup ## serve the embedded checkpoint on 127.0.0.1:8000
 
 .PHONY: test
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: lint
 lint: setup ## check format, style, types and layers
