@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.service.test_frontends import is_over
 
 def open_files() -> set[str]:
     """What this process's descriptors are, by number; the one of the listing has gone by then."""
+    gc.collect()  # what an earlier test has left to the collector is not this one's
     links = {}
     for file in Path("/proc/self/fd").iterdir():
         try:
