@@ -195,7 +195,7 @@ class MemoryLimiter:
             elif now - usage.start >= window.seconds:
                 levels.append(Level(window, window.quota, float(window.seconds)))
             else:
-                levels.append(Level(window, window.quota - usage.used, usage.start + window.seconds - now))
+                levels.append(Level(window, window.quota - usage.used, window.seconds - (now - usage.start)))
         return levels
 
     def _remember(self, caller: str, now: float) -> list[_Usage]:

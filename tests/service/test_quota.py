@@ -72,6 +72,13 @@ def test_a_refused_request_is_charged_nothing_in_any_window(limits: str, full: s
     at_once(limiter.charge("a", 1))  # what is left can still be used
 
 
+def test_a_window_that_has_just_begun_ends_after_its_length_and_not_a_rounding_later() -> None:
+    limiter, clock = limiter_of("5/day")
+    clock.now = 48897.61676404129  # plus 86,400 less itself it is a bit more than 86,400
+    at_once(limiter.charge("a", 1))
+    assert rate_limit_headers(at_once(limiter.levels("a")))["RateLimit"] == '"day";r=4;t=86400'
+
+
 def test_of_several_full_windows_the_one_that_resets_last_is_named() -> None:
     limiter, clock = limiter_of("5/day;5/minute;5/hour")
     at_once(limiter.charge("a", 5))
