@@ -28,6 +28,9 @@ class Photos:
         return images[index], rows[index]
 
 
+Kind = Callable[[Photos, np.random.Generator], Iterator[Query]]
+
+
 def log_uniform(chance: np.random.Generator, low: int, high: int) -> int:
     """Return a whole number whose logarithm is even between those of the bounds."""
     return int(np.exp(chance.uniform(np.log(low), np.log(high + 1))))
@@ -103,11 +106,16 @@ def knockoff(photos: Photos, chance: np.random.Generator) -> Iterator[Query]:
         yield photos.strange[index], photos.strange_rows[index]
 
 
-def hidden_knockoff(photos: Photos, chance: np.random.Generator) -> Iterator[Query]:
-    """The same, hidden among as many photos of the kind that the model knows."""
-    for query in knockoff(photos, chance):
-        yield query
-        yield photos.draw(chance, 0.0)
+def hidden_knockoff(strange: int) -> Kind:
+    """Return the same thief, hidden: after every ``strange`` of those images comes a photo of the kind that the model knows."""
+
+    def kind(photos: Photos, chance: np.random.Generator) -> Iterator[Query]:
+        for number, query in enumerate(knockoff(photos, chance), 1):
+            yield query
+            if number % strange == 0:
+                yield photos.draw(chance, 0.0)
+
+    return kind
 
 
 def known_thief(photos: Photos, chance: np.random.Generator) -> Iterator[Query]:
@@ -116,7 +124,6 @@ def known_thief(photos: Photos, chance: np.random.Generator) -> Iterator[Query]:
         yield photos.known[index], photos.known_rows[index]
 
 
-Kind = Callable[[Photos, np.random.Generator], Iterator[Query]]
 Predict = Callable[[np.ndarray], np.ndarray]
 AUGMENTATION = 25.5
 """Levels by which Jacobian-based augmentation moves every value: 0.1."""
@@ -151,7 +158,7 @@ HONEST: dict[str, Kind] = {
 LIMITS: dict[str, Kind] = {"tripod": tripod, "long video": long_video, "strange things only": strange_only}
 THIEVES: dict[str, Kind] = {
     "KnockoffNets, CIFAR-100": knockoff,
-    "KnockoffNets, hidden 1:1": hidden_knockoff,
+    **{f"KnockoffNets, hidden {strange}:1": hidden_knockoff(strange) for strange in (10, 5, 3, 1)},
     "in-distribution thief": known_thief,
 }
 
