@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from service.batcher import Batcher, Places
@@ -19,7 +19,7 @@ class Ticket:
     Attributes:
         caller: Who asked.
         places: Its queue places.
-        charge: What its caller was charged; ``None`` without a quota.
+        charges: What its caller was charged, by the quota's tier.
         levels: What was left of the caller's quota after the charge.
         policy: Name of the policy that protects the answer: the caller's tier, or a stricter one.
         version: Of the model that answered, once one has.
@@ -27,7 +27,7 @@ class Ticket:
 
     caller: Caller
     places: Places
-    charge: Charge | None
+    charges: dict[str, Charge]
     levels: list[Level]
     policy: str
     version: str = ""
@@ -52,44 +52,68 @@ class Admission:
         self._limiters = limiters
         self._metrics = metrics
 
-    async def admit(self, caller: Caller, images: int) -> Ticket:
+    async def admit(self, caller: Caller, images: int, policy: str) -> Ticket:
         """Hold places and charge quota for ``images``; :meth:`settle` the ticket when the request is over.
+
+        Args:
+            caller: Who asks.
+            images: How many.
+            policy: That of the caller's answers: its tier, or ``suspect``, which has a quota that is charged beside the tier's.
 
         Raises:
             Problem: 413, 429 or 503; nothing is held or charged then.
         """
         places = self._batcher.reserve(images)
+        charges: dict[str, Charge] = {}
         try:
-            charge = await self._charge(caller, images)
+            for tier in _tiers(caller, policy):
+                if limiter := self._limiters.get(tier):
+                    charges[tier] = await self._charge(limiter, tier, caller.id, images)
         except BaseException:
             self._batcher.release(places)
+            self._refund(charges)
             raise
-        return Ticket(caller, places, charge, charge.levels if charge else [], caller.tier)
+        return Ticket(caller, places, charges, _tightest(charge.levels for charge in charges.values()), policy)
 
     def settle(self, ticket: Ticket, refund: bool) -> None:
         """Give a ticket's places back and, if the request failed, its quota."""
         self._batcher.release(ticket.places)
-        limiter = self._limiters.get(ticket.caller.tier)
-        if refund and limiter and ticket.charge:
-            limiter.refund(ticket.charge)
-            ticket.charge = None
+        if refund:
+            self._refund(ticket.charges)
+            ticket.charges = {}
 
-    async def levels(self, caller: Caller) -> list[Level]:
-        """Return what is left of a caller's quota; empty for a tier without one."""
-        limiter = self._limiters.get(caller.tier)
-        return await limiter.levels(caller.id) if limiter else []
+    async def levels(self, caller: Caller, policy: str) -> list[Level]:
+        """Return what is left of a caller's quota under a policy; empty without one."""
+        limiters = [self._limiters[tier] for tier in _tiers(caller, policy) if tier in self._limiters]
+        return _tightest([await limiter.levels(caller.id) for limiter in limiters])
 
-    async def _charge(self, caller: Caller, images: int) -> Charge | None:
-        limiter = self._limiters.get(caller.tier)
-        if limiter is None:
-            return None
+    async def _charge(self, limiter: Limiter, tier: str, caller: str, images: int) -> Charge:
         try:
-            return await limiter.charge(caller.id, images)
+            return await limiter.charge(caller, images)
         except RequestTooLargeError as error:
             limit = f"{error.window.quota} {'in all' if error.window.seconds is None else 'per ' + error.window.name}"
             raise too_large(f"{images} images in one request, but the quota is {limit}: send fewer") from error
         except QuotaExceededError as error:
-            self._metrics.quota_denied.labels(caller.tier, error.level.window.name).inc()
+            self._metrics.quota_denied.labels(tier, error.level.window.name).inc()
             raise quota_exceeded(error.level.window.name, error.level.reset_s) from error
         except BudgetUnknownError as error:
             raise quota_unknown() from error
+
+    def _refund(self, charges: Mapping[str, Charge]) -> None:
+        for tier, charge in charges.items():
+            self._limiters[tier].refund(charge)
+
+
+def _tiers(caller: Caller, policy: str) -> list[str]:
+    """Return the tiers whose quotas a caller is charged: being suspect must not be worth a second budget."""
+    return [policy] if policy == caller.tier else [policy, caller.tier]
+
+
+def _tightest(groups: Iterable[list[Level]]) -> list[Level]:
+    """Return for each unit of time the window with the least left."""
+    tightest: dict[str, Level] = {}
+    for level in (level for levels in groups for level in levels):
+        before = tightest.get(level.window.name)
+        if before is None or level.remaining < before.remaining:
+            tightest[level.window.name] = level
+    return list(tightest.values())

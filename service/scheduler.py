@@ -117,7 +117,7 @@ class Scheduler:
 
     async def admit(self, caller: Caller, images: int) -> Ticket:
         """Hold places and charge quota; raises ``Problem`` 413, 429 or 503, and then nothing is held."""
-        return await self._admission.admit(await self._watch.treat(caller), images)
+        return await self._admission.admit(caller, images, await self.policy_of(caller))
 
     async def answer(self, ticket: Ticket, images: np.ndarray, deadline: float) -> np.ndarray:
         """Return exact probabilities ``(N, C)`` for ``images`` ``(N, 3, H, W)``, uint8 or float32 in ``[0, 1]``.
@@ -130,7 +130,7 @@ class Scheduler:
         look = await self._watch.before(ticket.caller, images)
         rows = await self._answer_by_one_engine(ticket, images, deadline)
         await self._watch.after(ticket.caller, images, rows, look)
-        ticket.policy = (await self._watch.treat(ticket.caller)).tier
+        ticket.policy = await self.policy_of(ticket.caller)
         return rows
 
     async def _answer_by_one_engine(self, ticket: Ticket, images: np.ndarray, deadline: float) -> np.ndarray:
@@ -160,7 +160,7 @@ class Scheduler:
 
     async def levels(self, caller: Caller) -> list[Level]:
         """Return what is left of a caller's quota."""
-        return await self._admission.levels(await self._watch.treat(caller))
+        return await self._admission.levels(caller, await self.policy_of(caller))
 
     async def policy_of(self, caller: Caller) -> str:
         """Return the name of the policy that a caller's answers pass now."""

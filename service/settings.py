@@ -16,7 +16,7 @@ from service.quota import Window, parse_windows
 
 TIERS = ("anonymous", "standard", "trusted")
 SUSPECT = "suspect"
-"""The policy, with a quota of its own, of callers of any tier that are under suspicion."""
+"""The policy, with a quota of its own beside their tier's, of callers of any tier that are under suspicion."""
 
 
 Windows = Annotated[
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     watch_least_w: float = Field(0.9, gt=0, lt=1, description="Least Shapiro-Wilk W of an honest caller's distances.")
     suspect_minutes: float = Field(60, gt=0, description="How long a caller stays suspect after the last suspicious image.")
     suspect_limits: Windows = Field(
-        parse_windows("10/minute;200/day"), description="Windows of images of suspects, in place of their tier's."
+        parse_windows("10/minute;200/day"), description="Windows of images of suspects, charged beside their tier's."
     )
     suspect_decimals: int = Field(1, ge=0, le=6, description="Decimals to which their probabilities are rounded.")
     suspect_top_n: int = Field(1, ge=0, description="Scores they are shown, the largest; 0 shows all.")
