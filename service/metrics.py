@@ -73,7 +73,7 @@ class Metrics:
             "palisade_suspicious", "Images that a detector found suspicious.", ["detector"], registry=registry
         )
         # To Prometheus a series that begins at 1 has not grown, so what may count later is there from the start.
-        for decision in ("granted", "refused", "closed"):
+        for decision in ("granted", "refused", "closed", "unshared"):
             self.limiter_fallback.labels(decision)
         self.processes = Processes()
         registry.register(self.processes)

@@ -156,5 +156,9 @@ class RedisLimiter:
             del self._refunds[caller]
 
     def _key(self, caller: str) -> str:
-        """Return the key of a caller. No address lies in the store in the clear."""
-        return f"{PREFIX}quota:{self._tier}:{hmac.digest(self._secret, caller.encode(), 'sha256').hex()[:32]}"
+        return f"{PREFIX}quota:{self._tier}:{pseudonym(self._secret, caller)}"
+
+
+def pseudonym(secret: bytes, caller: str) -> str:
+    """Return what a caller is called in the store, 32 hexadecimal digits: no address lies there in the clear."""
+    return hmac.digest(secret, caller.encode(), "sha256").hex()[:32]

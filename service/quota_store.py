@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +14,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Store:
         """Close all connections, in the background."""
         self._stopping.set()
 
-    async def run(self, script: AsyncScript, key: str, *arguments: str | float) -> Any:
+    async def run(self, script: AsyncScript, key: str, *arguments: str | float | bytes) -> Any:
         """Return what ``script`` answers.
 
         Raises:
@@ -93,6 +94,23 @@ class Store:
             async with asyncio.timeout(self._timeout_s):
                 return await script(keys=[key], args=arguments)
         except Exception as error:  # whatever the client meets, a request must not fail of it
+            self._failed(error)
+            raise StoreDownError from None
+
+    async def run_all(self, script: AsyncScript, calls: Sequence[tuple[str, Sequence[str | float | bytes]]]) -> None:
+        """Run ``script`` for each key and its arguments, in one round trip; raises :class:`StoreDownError`, as :meth:`run`."""
+        if not self.is_up:
+            raise StoreDownError
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                pipeline = self._client.pipeline(transaction=False)
+                for key, arguments in calls:
+                    pipeline.evalsha(script.sha, 1, key, *arguments)
+                await pipeline.execute()
+        except NoScriptError:  # the store is new, so that none of them ran
+            for key, arguments in calls:
+                await self.run(script, key, *arguments)
+        except Exception as error:
             self._failed(error)
             raise StoreDownError from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from service.serving import Serving, VersionedEngine
 from service.settings import Settings
 from service.turnstile import Turnstile
 from service.watch import Suspect, Watch
+
+if TYPE_CHECKING:
+    from service.watch.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class Scheduler:
         self._quotas = TierQuotas(settings, metrics)
         self._admission = Admission(self._batcher, self._quotas.limiters, metrics)
         self._answers = AnswerCache(settings.answer_cache_images)
-        self._watch = Watch(settings, metrics, time.monotonic)
+        self._watch = Watch(settings, metrics, time.monotonic, shared=_shared(settings, self._quotas, metrics))
         self._watch.model_changed(_is_embedded(engine))
         self._runner: asyncio.Task[None] | None = None
         self._is_ready = False
@@ -65,6 +69,7 @@ class Scheduler:
     async def start(self) -> None:
         """Connect to the quotas' store, if there is one, and begin to run batches."""
         await self._quotas.start()
+        await self._watch.start()
         self._runner = asyncio.create_task(self._batcher.run())
         self._runner.add_done_callback(self._over)
         self._set_ready(True)
@@ -108,11 +113,13 @@ class Scheduler:
         """Refuse new requests and return when every accepted one has its answer."""
         await self._batcher.drain()
         await self._quotas.finish()
+        await self._watch.finish()
 
     def stop(self) -> None:
         """Run no more batches."""
         if self._runner is not None:
             self._runner.cancel()
+        self._watch.stop()
         self._quotas.stop()
 
     async def admit(self, caller: Caller, images: int) -> Ticket:
@@ -182,6 +189,15 @@ class Scheduler:
         self.turn_unready()
         if not runner.cancelled() and (error := runner.exception()):
             log.critical("the batch loop died: nothing is answered any more", exc_info=error)
+
+
+def _shared(settings: Settings, quotas: TierQuotas, metrics: Metrics) -> Shared | None:
+    """Return what connects the watch with other replicas', if there may be any."""
+    if quotas.store is None:
+        return None
+    from service.watch.shared import Shared  # needs the store's client, which is not always installed
+
+    return Shared(quotas.store, settings, metrics)
 
 
 def _is_embedded(engine: VersionedEngine) -> bool:

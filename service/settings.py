@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     )
     limiter_timeout_ms: float = Field(250, gt=0, le=10_000, description="Longest wait for the store.")
     limiter_secret: SecretStr = Field(
-        SecretStr(""), description="Keys the hash under which the store knows callers; the same in all replicas."
+        SecretStr(""), description="Keys what the store knows of callers; the same in all replicas."
     )
     tier_anonymous_limits: Windows = Field(
         parse_windows("60/minute;500/day"), description="Windows of images of callers without a key; empty for no limit."

@@ -39,6 +39,10 @@ class Test:
         """The sum from which it speaks, in nats."""
         return math.log(self.horizon_images / self.false_alarms)
 
+    def is_unsure(self, row: np.ndarray) -> bool:
+        """Tell whether an answer ``(C,)`` is unsure."""
+        return bool(row.max() < self.unsure_below)
+
     def evidence(self, is_unsure: bool) -> float:
         """Return what an answer says for a thief, in nats."""
         if is_unsure:
@@ -64,14 +68,17 @@ class Confidence:
         """Bytes held."""
         return self._counts.nbytes + 8
 
-    def look(self, row: np.ndarray) -> bool:
-        """Add the answer ``(C,)`` to a new image; returns whether it is unsure and the caller looks like a thief by it.
+    @property
+    def classes(self) -> int:
+        """How many classes the model has."""
+        return len(self._counts)
+
+    def look(self, label: int, is_unsure: bool) -> bool:
+        """Add the answer to a new image; returns whether it is unsure and the caller looks like a thief by it.
 
         A sure answer never says so, however large the sum still is: it speaks for the caller.
         """
-        label = int(row.argmax())
         self._counts[label] += 1
-        is_unsure = bool(row[label] < self._test.unsure_below)
         total = self._sum + self._test.evidence(is_unsure)
         self._sum = min(max(0.0, total), 2 * self._test.threshold)  # bounded, so that a good while is forgiven
         return is_unsure and self._sum > self._test.threshold and coverage(self._counts) >= LEAST

@@ -86,19 +86,31 @@ class Distances:
         sample = 0 if self._sample is None else self._sample.nbytes
         return sample + self._labels.nbytes + latest + 40 * len(self._distances)
 
-    def look(self, thumbnail: np.ndarray, label: int) -> bool:
-        """Add a new image's thumbnail and its class; returns whether it completes a test that finds a thief."""
+    @property
+    def classes(self) -> int:
+        """How many classes the model has."""
+        return self._classes
+
+    def look(self, thumbnail: np.ndarray, label: int) -> float | None:
+        """Add a new image's thumbnail and its class.
+
+        Returns:
+            Its distance to the nearest earlier one of its class, for :meth:`add`; ``None`` if there is none, and for a retake.
+        """
         apart = math.inf if self._sample is None else nearest(self._sample[self._labels == label], thumbnail)
         to_latest = nearest(np.array([peer for peer, _ in self._latest]), thumbnail)
         if apart == 0 or to_latest < RETAKE * (apart if apart < math.inf else self._usual()):
-            return False
-        if apart < math.inf:
-            self._distances.append(apart)
-            self._distance_labels.append(label)
-            self._fresh += 1
+            return None
         self._latest.append((thumbnail, label))
         if len(self._latest) > LATEST:
             self._keep(*self._latest.popleft())
+        return apart if apart < math.inf else None
+
+    def add(self, distance: float, label: int) -> bool:
+        """Add a distance that was found here or elsewhere; returns whether it completes a test that finds a thief."""
+        self._distances.append(distance)
+        self._distance_labels.append(label)
+        self._fresh += 1
         if len(self._distances) < TESTED or self._fresh < EVERY:
             return False
         self._fresh = 0

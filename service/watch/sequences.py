@@ -90,6 +90,11 @@ class Sequences:
         """Bytes held."""
         return self._recent.nbytes
 
+    def holds(self, exact: np.uint64) -> bool:
+        """Tell whether an image is remembered."""
+        recent = self._recent
+        return bool((recent.exact[: recent.held] == exact).any())
+
     def look(self, exact: np.uint64, free: np.ndarray, fixed: np.ndarray, now: float) -> Sighting:
         """Return what an image is, given its fingerprint and the time in seconds, and remember it unless it is refused."""
         recent = self._recent

@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+SELDOM = 0.05
+"""Share of a suspicion's time within which others need not be told that it was renewed."""
+
 
 @dataclass(frozen=True)
 class Suspect:
@@ -31,6 +34,8 @@ class _Entry:
     since: float
     until: float
     images: int
+    told_until: float
+    told_images: int = 0
 
 
 class Suspects:
@@ -48,29 +53,46 @@ class Suspects:
         self._clock = clock
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # by caller and detector
 
-    def suspect(self, caller: str, detector: str, images: int) -> bool:
-        """Begin or renew a suspicion; returns whether it is new."""
-        now = self._clock()
+    def suspect(self, caller: str, detector: str, images: int, at: float | None = None) -> bool:
+        """Begin or renew a suspicion, now or by what was noticed ``at`` an earlier time; returns whether it is new."""
+        at = self._clock() if at is None else at
         entry = self._entries.get((caller, detector))
-        is_new = entry is None or entry.until <= now
+        is_new = entry is None or entry.until <= at
         if entry is None or is_new:
-            entry = self._entries[caller, detector] = _Entry(now, now, 0)
-        entry.until = now + self._duration_s
+            entry = self._entries[caller, detector] = _Entry(at, at, 0, at)
+        entry.until = max(entry.until, at + self._duration_s)
         entry.images += images
         self._entries.move_to_end((caller, detector))
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
         return is_new
 
+    def to_tell(self, caller: str, detector: str) -> int | None:
+        """Return the images that others were not told of, and take them as told; ``None`` if it can wait: most renewals can."""
+        entry = self._entries[caller, detector]
+        if entry.until - entry.told_until < SELDOM * self._duration_s:
+            return None
+        untold, entry.told_images, entry.told_until = entry.images - entry.told_images, entry.images, entry.until
+        return untold
+
+    def told(self, caller: str, detector: str, images: int, at: float) -> None:
+        """Take over a suspicion that somebody else told of."""
+        if at + self._duration_s <= self._clock():
+            return
+        self.suspect(caller, detector, images, at)
+        if entry := self._entries.get((caller, detector)):
+            entry.told_images += images
+            entry.told_until = max(entry.told_until, at + self._duration_s)
+
     def is_suspected(self, caller: str, detector: str) -> bool:
         """Tell whether a suspicion is in force."""
         entry = self._entries.get((caller, detector))
         return entry is not None and entry.until > self._clock()
 
-    def has_ended(self, caller: str, detector: str) -> bool:
-        """Tell, once, that a suspicion has run out."""
+    def has_ended(self, caller: str, detector: str, at: float) -> bool:
+        """Tell, once, that a suspicion had run out ``at`` a time."""
         entry = self._entries.get((caller, detector))
-        if entry is None or entry.until > self._clock():
+        if entry is None or entry.until > at:
             return False
         del self._entries[caller, detector]
         return True

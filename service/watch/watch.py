@@ -7,9 +7,9 @@ import hashlib
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,11 +18,16 @@ from service.identity import Caller
 from service.metrics import Metrics
 from service.problems import abnormal_usage
 from service.settings import SUSPECT, Settings
-from service.watch.confidence import Confidence, Test
-from service.watch.distances import Distances, thumbnails
-from service.watch.fingerprint import Fingerprinter
-from service.watch.sequences import Sequences, Sighting
+from service.watch.confidence import Test
+from service.watch.distances import thumbnails
+from service.watch.evidence import DETECTORS, Evidence, Forgiven, Judged, Sent, Suspicion, Verdict
+from service.watch.fingerprint import Fingerprinter, Fingerprints
+from service.watch.record import DISTANCES, NEAR_DUPLICATES, OFF_DISTRIBUTION, Record
+from service.watch.sequences import Sighting
 from service.watch.suspects import Suspect, Suspects
+
+if TYPE_CHECKING:
+    from service.watch.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,6 @@ INLINE_VALUES = 8 * 3 * 32 * 32
 TURN = 16
 """So many images are looked at before others get their turn on the event loop."""
 SUSPICIONS_PER_CALLER = 3
-NEAR_DUPLICATES, OFF_DISTRIBUTION, DISTANCES = "near-duplicates", "off-distribution", "distances"
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,6 @@ class Look:
     is_new: np.ndarray
 
 
-@dataclass
-class _Record:
-    """What is remembered of a caller; a detector that has nothing to say yet takes no memory."""
-
-    sequences: Sequences
-    distances: Distances | None = None
-    confidence: Confidence | None = None
-
-
 class Watch:
     """Notices extraction-like callers and attack sequences.
 
@@ -68,24 +63,49 @@ class Watch:
         metrics: Counts suspicious images by detector.
         clock: Monotonic seconds.
         secret: What fingerprints and samples are keyed with; ``None`` draws it.
+        shared: Other replicas' watches, whose secret is used then; ``None`` for a watch of its own.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, clock: Callable[[], float], secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        secret: bytes | None = None,
+        shared: Shared | None = None,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
-        metrics.expect_detectors((NEAR_DUPLICATES, OFF_DISTRIBUTION, DISTANCES))
+        metrics.expect_detectors(DETECTORS)
         self._clock = clock
+        self._shared = shared
         self._modes = settings.watch_modes()
         self._test = _test_of(settings, settings.checkpoint in EMBEDDED)
-        secret = secret or secrets.token_bytes(32)
+        secret = shared.secret if shared else secret or secrets.token_bytes(32)
         self._fingerprinter = Fingerprinter(secret)
         self._sample_key = hashlib.blake2b(b"distances", key=hashlib.sha256(secret).digest()).digest()
-        self._records: OrderedDict[str, _Record] = OrderedDict()
+        # By what replicas call their callers, as suspicions are: they know them by nothing else.
+        self._records: OrderedDict[str, Record] = OrderedDict()
         capacity = SUSPICIONS_PER_CALLER * settings.watch_max_callers
         self._suspects = Suspects(60 * settings.suspect_minutes, capacity, clock)
 
+    async def start(self) -> None:
+        """Learn what other replicas know, if there may be any, and go on learning it."""
+        if self._shared:
+            await self._shared.start(self._heed, self._adopt)
+
+    async def finish(self) -> None:
+        """Return when other replicas were told everything; nothing more is learnt."""
+        if self._shared:
+            await self._shared.finish()
+
+    def stop(self) -> None:
+        """Learn nothing more."""
+        if self._shared:
+            self._shared.stop()
+
     async def treat(self, caller: Caller) -> Caller:
-        """Return the caller as its quota and its answers are to be treated: of tier ``suspect`` while it is under suspicion."""
+        """Return the caller as its answers are to be treated: as one of tier ``suspect`` while it is under suspicion."""
         if self._modes.get(caller.tier) == "act" and await self.is_suspect(caller.id):
             return Caller(caller.id, SUSPECT)
         return caller
@@ -102,11 +122,13 @@ class Watch:
         mode = self._modes.get(caller.tier, "off")
         if mode == "off":
             return Look(np.zeros(len(images), np.uint64), np.zeros(len(images), bool))
-        prints = await _aside(self._fingerprinter.take, images)
+        prints, key = await _aside(self._fingerprinter.take, images), self._key(caller.id)
+        if self._shared:
+            await asyncio.shield(self._shared.later(self._exchange(key, self._unheard(key, prints))))
         sightings = []
         for each in zip(prints.exact, prints.free, prints.fixed, strict=True):
             # Asked for anew each time, here and below: while others have their turn, records come and go.
-            sightings.append(self._record(caller.id).sequences.look(*each, self._clock()))
+            sightings.append(self._record(key).sequences.look(*each, self._clock()))
             if len(sightings) % TURN == 0:
                 await asyncio.sleep(0)
         refused = [number for number, sighting in enumerate(sightings, 1) if sighting is Sighting.REFUSED]
@@ -128,32 +150,51 @@ class Watch:
         new = np.flatnonzero(look.is_new)
         if not len(new):
             return
-        self._drop_old_evidence(caller.id)
+        key = self._key(caller.id)
+        self._drop_old_evidence(key, self._clock())
         test = self._test  # that of the model that answered; another may come into use meanwhile
         wants_thumbnails = self._settings.watch_distances == "on"
         small: Iterable[np.ndarray | None]
         small = await _aside(thumbnails, images[new]) if wants_thumbnails else [None] * len(new)
-        judged: set[int] = set()
-        for number, (index, thumbnail) in enumerate(zip(new.tolist(), small, strict=True), 1):
-            exact = look.exact[index]
-            if self._record(caller.id).sequences.judge(exact) and int(exact) not in judged:
-                judged.add(int(exact))
-                self._judge(caller, rows[index], thumbnail, test)
-            if number % TURN == 0:
-                await asyncio.sleep(0)
+        judged: dict[int, Judged] = {}
+        try:
+            for number, (index, thumbnail) in enumerate(zip(new.tolist(), small, strict=True), 1):
+                exact = look.exact[index]
+                if self._record(key).sequences.judge(exact) and int(exact) not in judged:
+                    found = self._record(key).judge(exact, rows[index], thumbnail, test if test is self._test else None)
+                    judged[int(exact)] = found
+                    for detector in self._record(key).weigh(found, self._test):
+                        self._note(caller, detector, 1)
+                if number % TURN == 0:
+                    await asyncio.sleep(0)
+        finally:
+            if self._shared and judged:
+                self._shared.tell(key, list(judged.values()))
 
     async def is_suspect(self, caller: str) -> bool:
         """Tell whether a caller, by its id, is suspected of extraction now; whether that has consequences, its tier says."""
-        return any(self._suspects.is_suspected(caller, detector) for detector in (OFF_DISTRIBUTION, DISTANCES))
+        key = self._key(caller)
+        return any(self._suspects.is_suspected(key, detector) for detector in (OFF_DISTRIBUTION, DISTANCES))
 
     async def suspects(self) -> list[Suspect]:
         """Return every suspicion in force, the one renewed last first."""
-        return self._suspects.list()
+        if not self._shared:
+            return self._suspects.list()
+        return [replace(each, caller=self._shared.name(each.caller)) for each in self._suspects.list()]
 
     async def forgive(self, caller: str) -> bool:
-        """Forget a caller's suspicions and what they rest on; returns whether there was a suspicion in force."""
-        self._records.pop(caller, None)
-        return self._suspects.forgive(caller)
+        """Forget a caller's suspicions and what they rest on; returns whether there was a suspicion in force.
+
+        Other replicas forget them, too, within a quarter of a second; not while the store is down.
+        """
+        key = self._key(caller)
+        if self._shared:
+            await self._shared.follow()
+        was_any = self._suspects.forgive(key)
+        if self._shared:
+            await self._shared.forget(key)
+        self._records.pop(key, None)
+        return was_any
 
     def model_changed(self, is_embedded: bool) -> None:
         """Judge another model's confidences from now on: ``auto`` does so for a checkpoint ``is_embedded`` in the package only.
@@ -162,52 +203,77 @@ class Watch:
         """
         self._test = _test_of(self._settings, is_embedded)
         for record in self._records.values():
-            record.confidence = None
+            record.model_changed()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays that are remembered of all callers."""
-        parts = [(each.sequences, each.distances, each.confidence) for each in self._records.values()]
-        return sum(part.nbytes for record in parts for part in record if part is not None)
+        return sum(record.nbytes for record in self._records.values())
 
-    def _record(self, caller: str) -> _Record:
-        settings = self._settings
-        record = self._records.get(caller)
+    def _key(self, caller: str) -> str:
+        """Return what a caller is called here."""
+        return self._shared.key(caller) if self._shared else caller
+
+    def _record(self, key: str) -> Record:
+        record = self._records.get(key)
         if record is None:
-            record = self._records[caller] = _Record(
-                Sequences(settings.watch_sequence_images, 60 * settings.watch_memory_minutes, settings.watch_recent_images),
-            )
-            if len(self._records) > settings.watch_max_callers:
+            record = self._records[key] = Record(self._settings, self._sample_key)
+            if len(self._records) > self._settings.watch_max_callers:
                 self._records.popitem(last=False)
-        self._records.move_to_end(caller)
+        self._records.move_to_end(key)
         return record
 
-    def _drop_old_evidence(self, caller: str) -> None:
+    def _drop_old_evidence(self, key: str, at: float) -> None:
         """Let a caller whose suspicion has run out begin anew: what led to it should not renew it at the next image."""
-        record = self._record(caller)
-        if self._suspects.has_ended(caller, OFF_DISTRIBUTION):
-            record.confidence = None
-        if self._suspects.has_ended(caller, DISTANCES) and record.distances is not None:
-            record.distances.begin_anew()
-
-    def _judge(self, caller: Caller, row: np.ndarray, thumbnail: np.ndarray | None, test: Test | None) -> None:
-        """Add a new image's answer ``(C,)`` and its thumbnail ``(V,)`` to what speaks for or against its caller."""
-        record, settings = self._record(caller.id), self._settings
-        if test is not None and test is self._test:
-            if record.confidence is None:
-                record.confidence = Confidence(test, len(row))
-            if record.confidence.look(row):
-                self._note(caller, OFF_DISTRIBUTION, 1)
-        if thumbnail is not None:
-            if record.distances is None:
-                record.distances = Distances(settings.watch_least_w, len(row), settings.watch_recent_images, self._sample_key)
-            if record.distances.look(thumbnail, int(row.argmax())):
-                self._note(caller, DISTANCES, 1)
+        for detector in (OFF_DISTRIBUTION, DISTANCES):
+            if self._suspects.has_ended(key, detector, at):
+                self._record(key).begin_anew(detector)
 
     def _note(self, caller: Caller, detector: str, images: int) -> None:
         self._metrics.suspicious.labels(detector).inc(images)
-        if self._suspects.suspect(caller.id, detector, images):
+        key = self._key(caller.id)
+        if self._suspects.suspect(key, detector, images):
             log.warning("a caller of tier %s is under suspicion: %s", caller.tier, detector)
+        if self._shared and (untold := self._suspects.to_tell(key, detector)) is not None:
+            self._shared.later(self._shared.follow(Suspicion(key, detector, untold)))
+
+    def _unheard(self, key: str, prints: Fingerprints) -> list[Sent]:
+        """Return what other replicas have not been told of these images."""
+        sequences = self._record(key).sequences
+        each = zip(prints.exact, prints.free, prints.fixed, strict=True)
+        found = {int(exact): Sent(int(exact), free, fixed) for exact, free, fixed in each if not sequences.holds(exact)}
+        return list(found.values())
+
+    async def _exchange(self, key: str, sent: Sequence[Sent]) -> None:
+        """Tell other replicas of a caller's images, and do with theirs as they did, at the times when they did it."""
+        assert self._shared is not None
+        news = await self._shared.exchange(key, self._record(key).place, sent)
+        for number, (age_s, each) in enumerate(news, 1):
+            self._replay(key, each, self._clock() - age_s)
+            if number % TURN == 0:
+                await asyncio.sleep(0)
+
+    def _replay(self, key: str, evidence: Evidence, at: float) -> None:
+        sequences, exact = self._record(key).sequences, np.uint64(evidence.exact)
+        if isinstance(evidence, Sent):
+            sequences.look(exact, evidence.free, evidence.fixed, at)  # whoever was sent it refuses it, and counts that
+        elif sequences.judge(exact):
+            self._drop_old_evidence(key, at)
+            for detector in self._record(key).weigh(evidence, self._test):
+                self._suspects.suspect(key, detector, 0, at)
+
+    def _heed(self, verdict: Verdict, age_s: float, is_ours: bool) -> None:
+        """Take over what another replica found, or what was found here, if it was forgotten for an earlier verdict."""
+        if isinstance(verdict, Forgiven):
+            self._records.pop(verdict.key, None)
+            self._suspects.forgive(verdict.key)
+        elif not (is_ours and self._suspects.is_suspected(verdict.key, verdict.detector)):
+            self._suspects.told(verdict.key, verdict.detector, verdict.images, self._clock() - age_s)
+
+    def _adopt(self, secret: bytes) -> None:
+        """Take fingerprints as other replicas do; those that were taken compare with no later ones."""
+        self._fingerprinter = Fingerprinter(secret)
+        self._records.clear()
 
 
 async def _aside(work: Callable[[np.ndarray], T], images: np.ndarray) -> T:

@@ -32,13 +32,13 @@ def test_a_suspicion_ends_in_time_unless_it_is_renewed() -> None:
 def test_that_a_suspicion_has_ended_is_told_once() -> None:
     clock = Clock()
     suspects = Suspects(60.0, 10, clock)
-    assert not suspects.has_ended("ann", "distances"), "there was none"
+    assert not suspects.has_ended("ann", "distances", clock.now), "there was none"
     suspects.suspect("ann", "distances", 1)
-    assert not suspects.has_ended("ann", "distances")
+    assert not suspects.has_ended("ann", "distances", clock.now)
     clock.now += 60
-    assert not suspects.has_ended("ann", "near-duplicates")
-    assert suspects.has_ended("ann", "distances")
-    assert not suspects.has_ended("ann", "distances")
+    assert not suspects.has_ended("ann", "near-duplicates", clock.now)
+    assert suspects.has_ended("ann", "distances", clock.now)
+    assert not suspects.has_ended("ann", "distances", clock.now)
 
 
 def test_forgiving_drops_all_of_one_caller() -> None:
