@@ -16,7 +16,13 @@ def test_the_limiters_benchmark_compares_memory_and_redis_with_the_aims() -> Non
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
     *_, verdict, last = printed.splitlines()
     result = json.loads(last)
-    assert list(result["loads"]) == ["memory, one after another", "redis, one after another", "redis, 1000 a second"]
+    assert list(result["loads"]) == [
+        "memory, one after another",
+        "redis, one after another",
+        "redis, 1000 a second",
+        "redis with the watch, one after another",
+        "redis with the watch, 1000 a second",
+    ]
     for row in result["loads"].values():
         for percentile in row.values():
             assert 0 < percentile["min"] <= percentile["median"] <= percentile["max"]
