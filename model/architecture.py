@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Activation = Literal["relu", "silu"]
+Aggregation = Literal["gate", "vote"]
 
 BLOCKS_PER_STAGE = (2, 2, 2, 2)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -46,6 +47,8 @@ class Architecture:
         mean: Per-channel mean that the model subtracts from images in ``[0, 1]``.
         std: Per-channel standard deviation that the model divides by.
         activation: The experts' activation, ``relu`` or ``silu``.
+        aggregation: How the experts' answers become one: ``gate`` weighs them, ``vote`` counts them and has no gate, so that
+            ``gate_width`` has no meaning.
     """
 
     width: int
@@ -57,6 +60,7 @@ class Architecture:
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
     activation: Activation = "relu"
+    aggregation: Aggregation = "gate"
 
     def __post_init__(self) -> None:
         for name in ("width", "gate_width"):
@@ -75,6 +79,13 @@ class Architecture:
             raise ValueError(f"std must be at least 1e-6 in every channel, not {self.std!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {self.activation!r}")
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(f"aggregation must be one of {', '.join(get_args(Aggregation))}, not {self.aggregation!r}")
+
+    @property
+    def votes(self) -> bool:
+        """Whether the experts vote."""
+        return self.aggregation == "vote"
 
     def blocks(self) -> list[Block]:
         """Return an expert's residual blocks in order: stage ``s`` has ``width * 2**s`` channels and halves the image."""
@@ -86,8 +97,11 @@ class Architecture:
         return made
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return asdict(self)
+        """Return the fields as plain JSON values; ``aggregation`` only of a vote, as before there was any."""
+        values = asdict(self)
+        if not self.votes:
+            del values["aggregation"]
+        return values
 
     @classmethod
     def from_json(cls, values: object) -> Architecture:
@@ -95,8 +109,9 @@ class Architecture:
         if not isinstance(values, dict):
             raise ValueError(f"must be an object, not {type(values).__name__}")
         names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
+        needed = names - {"aggregation"}
+        if not needed <= values.keys() <= names:
+            missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - names)
             raise ValueError(f"has missing fields {missing} and unknown fields {unknown}")
         return cls(**values)
 

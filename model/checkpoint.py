@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # only what takes or gives a module imports torch: the servic
 
     from model.mixture import Mixture
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""The newest version that is read. Mixtures with a gate are written as version 2, which older Palisades read too."""
+
 METADATA_KEY = "palisade"
 EMBEDDED = {"compact": Path(__file__).parent / "checkpoints" / "compact.safetensors"}
 
@@ -54,6 +56,14 @@ class Header:
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     top_k: int | None = None
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether the experts vote and, as the header says, each was trained on its own partition of the data.
+
+        Then :mod:`model.certificate` says something about poisoned data; of experts that share data it says nothing.
+        """
+        return self.architecture.votes and self.data.get("partitions") == self.architecture.num_experts
 
 
 def load_checkpoint(name_or_path: str | Path = "compact", device: str | torch.device = "cpu") -> Mixture:
@@ -140,7 +150,7 @@ def replace_metrics(path: Path, metrics: dict[str, Any]) -> Header:
 
 def _write(path: Path, tensors: Mapping[str, StoredTensor], header: Header) -> Header:
     values = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if header.architecture.votes else 2,
         "architecture": header.architecture.to_json(),
         "class_names": list(header.class_names),
         "top_k": header.top_k,
@@ -253,6 +263,8 @@ def _parse_header(path: Path, values: object) -> Header:
     top_k = values.pop("top_k", None)
     if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= architecture.num_experts):
         raise CheckpointError(f"{path}: top_k must be null or from 1 to {architecture.num_experts}, not {top_k!r}")
+    if architecture.votes and top_k not in (None, architecture.num_experts):
+        raise CheckpointError(f"{path}: top_k must be null where the experts vote, not {top_k}: every one has its say")
     return Header(architecture=architecture, class_names=tuple(names), top_k=top_k, **values)
 
 
@@ -261,6 +273,9 @@ def _parse_architecture(path: Path, version: int, values: dict[str, Any]) -> Arc
         values = {**values, "activation": "relu"}
     elif version == 1:
         raise CheckpointError(f"{path}: architecture: format_version 1 has no activation; write 2")
+    if (version >= 3) != ("aggregation" in values):
+        has = "has no aggregation; write 3" if version < 3 else "needs aggregation"
+        raise CheckpointError(f"{path}: architecture: format_version {version} {has}")
     try:
         return Architecture.from_json(values)
     except ValueError as error:

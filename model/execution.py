@@ -45,6 +45,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
 twice as much. What int8 does to accuracy is measured for each checkpoint before it is used."""
 
 
+NO_INT8_VOTE = "int8's ranges are measured on all experts together, so that one would influence the others' votes"
+"""Why experts that vote don't run in int8: the certificate of :mod:`model.certificate` would not hold."""
+
 MOST_LANES = 4
 """Batches that run at a time on a processor with that many cores or more; each lane has its share of them."""
 
@@ -57,7 +60,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         probabilities: ``(B, C)`` float32.
-        gate: The weights that the gate gave, ``(B, E)`` float32; 0 for experts that did not run.
+        gate: The weights that the gate gave, ``(B, E)`` float32; 0 for experts that did not run, all alike in a vote.
     """
 
     probabilities: npt.NDArray[np.float32]
@@ -152,6 +155,8 @@ def load_fast_path(
     if precision not in ("auto", *TOLERANCE):
         raise ValueError(f"precision={precision}: use auto, {', '.join(TOLERANCE)}")
     device, header = choose_device(device), read_header(checkpoint)
+    if precision == "int8" and header.architecture.votes:
+        raise ValueError(f"precision=int8: {NO_INT8_VOTE}; use float32 or bfloat16")
     top_k = check_top_k(header, top_k)
     folder = tuned or default_folder()
     identity = Identity.here(header.weights_sha256, device, threads, top_k)
@@ -192,11 +197,13 @@ def check_top_k(header: Header, top_k: int | None) -> int | None:
     """Return how many experts run, ``None`` for all, if ``top_k`` is asked for; ``None`` asks for the checkpoint's default.
 
     Raises:
-        ValueError: The checkpoint does not have so many experts.
+        ValueError: The checkpoint does not have so many experts, or they vote and it leaves some out.
     """
     experts = header.architecture.num_experts
     if top_k is not None and not 1 <= top_k <= experts:
         raise ValueError(f"top_k={top_k}: the checkpoint has {experts} experts; give from 1 to {experts}")
+    if header.architecture.votes and top_k not in (None, experts):
+        raise ValueError(f"top_k={top_k}: the checkpoint's {experts} experts vote, and every one has its say; leave top_k out")
     top_k = header.top_k if top_k is None else top_k
     return None if top_k == experts else top_k
 

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock
 
 from model.architecture import Architecture
-from model.mixture import Mixture, mix
+from model.mixture import Mixture, mix, vote
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference of a probability from the reference's; labels are equal where the two top ones differ by twice as much."""
@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         probabilities: ``(B, C)`` float32.
-        gate: The weights that the gate gave, ``(B, E)`` float32; 0 for experts that did not run.
+        gate: The weights that the gate gave, ``(B, E)`` float32; 0 for experts that did not run, all alike in a vote.
     """
 
     probabilities: torch.Tensor
@@ -58,11 +58,13 @@ class FastMixture:
         """Classify images ``(B, 3, H, W)``, uint8 or float32 in ``[0, 1]``, on any device; the answer is on the model's."""
         images = as_unit(images, self.architecture, self.device)
         normalised = self._mixture.normalise(images).contiguous(memory_format=torch.channels_last)
-        gate = self._mixture.gate(normalised).log_softmax(dim=1)  # (B, E)
+        gate = self._mixture.weigh(normalised).log_softmax(dim=1)  # (B, E)
         normalised = normalised.to(self.dtype)
         if self.top_k is None or self.top_k == self.architecture.num_experts:
             logits = torch.stack([expert(normalised) for expert in self._experts], dim=1)  # (B, E, C)
-            return Prediction(mix(gate, logits.float().log_softmax(dim=2)).exp_(), gate.exp())
+            log_probs = logits.float().log_softmax(dim=2)
+            mixed = vote(log_probs) if self.architecture.votes else mix(gate, log_probs)
+            return Prediction(mixed.exp_(), gate.exp())
         return self._predict_top_k(normalised, gate, self.top_k)
 
     def _predict_top_k(self, normalised: torch.Tensor, gate: torch.Tensor, k: int) -> Prediction:

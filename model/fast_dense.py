@@ -16,7 +16,7 @@ from torch import nn
 
 from model.backbone import ResNet18
 from model.fast import Prediction, as_unit, folded_copy
-from model.mixture import Mixture
+from model.mixture import Mixture, count_votes
 
 
 class StackedExperts(nn.Module):
@@ -70,7 +70,8 @@ class DenseMixture(nn.Module):
         if not 1 <= stack <= total:
             raise ValueError(f"stack must be from 1 to {total} (the number of experts) or None, not {stack}")
         folded, self.dtype = folded_copy(mixture, dtype)
-        self.gate = folded.gate
+        if not self.architecture.votes:
+            self.gate = folded.gate
         self.register_buffer("mean", folded.mean)
         self.register_buffer("std", folded.std)
         experts = [cast(ResNet18, expert) for expert in folded.experts]
@@ -87,17 +88,27 @@ class DenseMixture(nn.Module):
         """Map images ``(B, 3, H, W)``, float32 in ``[0, 1]``, to probabilities ``(B, C)`` and gate weights ``(B, E)``."""
         normalised = self.normalise(images)
         logits = [group(normalised.to(self.dtype)) for group in self.groups]
-        return self.finish(self.gate(normalised), logits)
+        return self.finish(self.weigh(normalised), logits)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Map images ``(B, 3, H, W)`` in ``[0, 1]`` to zero mean and unit deviation per channel, channels-last."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
+    def weigh(self, normalised: torch.Tensor) -> torch.Tensor:
+        """Return the gate's logits ``(B, E)`` for normalised images ``(B, 3, H, W)``; zeros where there is no gate."""
+        if self.architecture.votes:
+            return normalised.new_zeros(normalised.shape[0], self.architecture.num_experts)
+        logits: torch.Tensor = self.gate(normalised)
+        return logits
+
     def finish(self, gate: torch.Tensor, logits: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix the groups' logits, each ``(B, stack, C)``, by the gate's ``(B, E)``: what :meth:`forward` returns."""
+        """Mix the groups' logits, each ``(B, stack, C)``, by the gate's ``(B, E)`` or as votes; see :meth:`forward`."""
         weights = gate.softmax(dim=1)
         probabilities = torch.cat(logits, dim=1).float().softmax(dim=2)  # (B, E, C)
-        return (weights.unsqueeze(2) * probabilities).sum(dim=1), weights
+        mixed = (weights.unsqueeze(2) * probabilities).sum(dim=1)
+        if self.architecture.votes:
+            mixed = (count_votes(probabilities) + mixed) / (self.architecture.num_experts + 1)
+        return mixed, weights
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor) -> Prediction:

@@ -135,7 +135,7 @@ class GraphedMixture:
             lane.wait_stream(main)
             with torch.cuda.stream(lane):
                 logits.append(group(narrowed))
-        gate = self._dense.gate(normalised)  # beside the experts
+        gate = self._dense.weigh(normalised)  # beside the experts
         for lane in self._lanes:
             main.wait_stream(lane)
         probabilities, weights = self._dense.finish(gate, logits)

@@ -39,12 +39,15 @@ def build_graph(architecture: Architecture, weights: Weights, stack: int) -> ope
     if not 1 <= stack <= len(experts):
         raise ValueError(f"stack must be from 1 to {len(experts)} (the number of experts), not {stack}")
     images, normalised = _input(architecture)
-    gate = _gate(normalised, weights)  # (B, E)
+    gate = _equal(images, architecture) if architecture.votes else _gate(normalised, weights)  # (B, E)
     stacks = [_experts(normalised, architecture, weights, experts[i : i + stack]) for i in experts[::stack]]
     log_probs = ops.concat(stacks, 0, name="mixing.experts")  # (E, B, C)
     log_weights = ops.unsqueeze(ops.transpose(gate, _integers(1, 0)), _integers(2))  # (E, B, 1)
     shares = ops.exp(ops.add(log_weights, log_probs, name="mixing.weigh"), name="mixing.exp")  # (E, B, C)
     mixed = ops.reduce_sum(shares, _integers(0), name="mixing.sum")  # (B, C)
+    if architecture.votes:
+        counted = ops.add(_votes(log_probs, architecture.num_classes), mixed, name="mixing.count")
+        mixed = ops.divide(counted, _scalar(architecture.num_experts + 1), name="mixing.share")
     return _model(images, probabilities=mixed, gate=ops.exp(gate))
 
 
@@ -84,6 +87,20 @@ def _gate(normalised: Node, weights: Weights) -> Node:
     pooled = ops.reduce_mean(features, _integers(2, 3), name="gate.pool")  # (B, 4 * gate_width)
     head = ops.matmul(pooled, ops.constant(weights["gate.head.weight"]), False, True, name="gate.head")
     return ops.log_softmax(ops.add(head, ops.constant(weights["gate.head.bias"])), 1)
+
+
+def _equal(images: Node, architecture: Architecture) -> Node:
+    """Return equal weights of all experts for every image, as logarithms, ``(B, E)``."""
+    batch = ops.gather(ops.shape_of(images), _integers(0), _integers(0))
+    equal = ops.constant(np.full((1, 1), -np.log(architecture.num_experts), np.float32))
+    return ops.broadcast(equal, ops.concat([batch, _integers(architecture.num_experts)], 0), name="mixing.equal")
+
+
+def _votes(log_probs: Node, classes: int) -> Node:
+    """Return how many experts' likeliest class is each class, ``(B, C)``, for log-probabilities ``(E, B, C)``."""
+    best = ops.topk(log_probs, _scalar(1, np.int64), 2, "max", "value", name="mixing.best").output(1)  # (E, B, 1)
+    chosen = ops.one_hot(best, _scalar(classes, np.int64), _scalar(1), _scalar(0), -1, name="mixing.vote")  # (E, B, 1, C)
+    return ops.reduce_sum(chosen, _integers(0, 2), name="mixing.votes")
 
 
 def _experts(normalised: Node, architecture: Architecture, weights: Weights, indices: Sequence[int]) -> Node:
@@ -133,6 +150,10 @@ def _convolution(
 
 def _activate(x: Node, activation: Activation) -> Node:
     return ops.relu(x) if activation == "relu" else ops.swish(x)
+
+
+def _scalar(value: float, kind: type[np.generic] = np.float32) -> Node:
+    return ops.constant(np.array(value, kind))
 
 
 def _integers(*values: int) -> Node:

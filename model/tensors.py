@@ -73,7 +73,7 @@ def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
 
 def stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this architecture has."""
-    shapes = dict(_gate_shapes(architecture))
+    shapes = {} if architecture.votes else dict(_gate_shapes(architecture))
     for index in range(architecture.num_experts):
         shapes |= {f"experts.{index}.{name}": shape for name, shape in _expert_shapes(architecture)}
     return shapes

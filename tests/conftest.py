@@ -83,6 +83,18 @@ def mixture(architecture: Architecture, images: torch.Tensor) -> Mixture:
     return mixture.eval()
 
 
+@pytest.fixture(scope="session")
+def voters(mixture: Mixture) -> Mixture:
+    """The mixture's experts, which vote; shared, so copy it before changing it."""
+    from dataclasses import replace
+
+    from model.mixture import Mixture
+
+    voters = Mixture(replace(mixture.architecture, aggregation="vote"))
+    voters.experts.load_state_dict(mixture.experts.state_dict())
+    return voters.eval()
+
+
 @dataclass(frozen=True)
 class Bomb:
     """An object that makes the file ``witness`` when something unpickles it."""

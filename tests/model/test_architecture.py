@@ -29,6 +29,8 @@ def test_a_preset_survives_json(name: str) -> None:
         ("gate_width", -1),
         ("activation", "gelu"),
         ("activation", None),
+        ("aggregation", "mean"),
+        ("aggregation", None),
         ("height", 7),
         ("input_width", None),
         ("mean", (0.5, 0.5)),
@@ -44,3 +46,10 @@ def test_a_preset_survives_json(name: str) -> None:
 def test_a_senseless_number_is_refused_by_its_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         Architecture(**{"width": 4, field: value})
+
+
+def test_a_gate_is_written_as_before_there_was_another_way() -> None:
+    assert "aggregation" not in PRESETS["full"].to_json()
+    voting = Architecture(width=4, aggregation="vote")
+    assert voting.to_json()["aggregation"] == "vote"
+    assert Architecture.from_json(json.loads(json.dumps(voting.to_json()))) == voting

@@ -184,6 +184,58 @@ def test_a_checkpoint_of_format_version_1_is_read_with_its_only_activation(good:
     assert load_checkpoint(path).architecture == load_checkpoint(good).architecture
 
 
+@pytest.fixture
+def ballot(tmp_path: Path) -> Path:
+    """A checkpoint whose experts vote."""
+    torch.manual_seed(0)
+    path = tmp_path / "ballot.safetensors"
+    architecture = replace(TINY, aggregation="vote")
+    save_checkpoint(path, Mixture(architecture), replace(HEADER, architecture=architecture, top_k=None))
+    return path
+
+
+def test_a_mixture_with_a_gate_is_written_as_older_versions_read_it(good: Path) -> None:
+    header = header_of(good)
+    assert header["format_version"] == 2
+    assert "aggregation" not in header["architecture"]
+
+
+def test_a_vote_survives_a_round_trip_without_a_gate(ballot: Path) -> None:
+    assert read_header(ballot).architecture == replace(TINY, aggregation="vote")
+    assert not [name for name in load_file(ballot) if name.startswith("gate")]
+    loaded = load_checkpoint(ballot)
+    stored = load_file(ballot)
+    assert torch.equal(loaded.state_dict()["experts.1.head.bias"], stored["experts.1.head.bias"])
+    assert replace_metrics(ballot, {"n": 1}).architecture.votes
+
+
+def test_a_vote_is_refused_by_name_by_versions_that_know_only_gates(ballot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.checkpoint.FORMAT_VERSION", 2)
+    with pytest.raises(CheckpointError, match=r"ballot.safetensors: format_version is 3, this Palisade reads up to 2: upgrade"):
+        load_checkpoint(ballot)
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_architecture", "named"),
+    [
+        ({"format_version": 2}, {}, "format_version 2 has no aggregation"),
+        ({"top_k": 1}, {}, "top_k must be null where the experts vote"),
+        ({}, {"aggregation": "mean"}, "aggregation must be one of gate, vote"),
+        ({}, {"aggregation": "gate"}, "missing tensors gate"),
+        ({}, {"aggregation": None}, "format_version 3 needs aggregation"),
+    ],
+)
+def test_a_spoilt_vote_is_refused(ballot: Path, changes: dict[str, Any], in_architecture: dict[str, Any], named: str) -> None:
+    header, tensors = header_of(ballot), load_file(ballot)
+    header.update(changes)
+    header["architecture"].update(in_architecture)
+    if header["architecture"]["aggregation"] is None:
+        del header["architecture"]["aggregation"]
+    save_file(tensors, ballot, {"palisade": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=named):
+        load_checkpoint(ballot)
+
+
 # --- abuse: tensors and header fields
 
 BIAS, MATRIX, VARIANCE = "gate.head.bias", "experts.1.head.weight", "experts.0.stem.1.running_var"

@@ -19,6 +19,7 @@ from model.execution import TOLERANCE, FastPath, Prediction, check_top_k, load_f
 from model.mixture import Mixture
 from model.plan import Plan
 from model.tuned import Identity, Tuning
+from tests.model.votes import Predict, check_votes
 
 BATCHES = (1, 2, 4, 5, 33)
 MIXED = Plan(((2, "openvino-float32-x3"), (4, "openvino-float32-x1"), (8, "loop-float32")))
@@ -208,3 +209,34 @@ def test_where_openvino_is_missing_torch_runs_the_checkpoint(
     monkeypatch.setattr("model.plan.has_openvino", lambda: False)
     assert load_fast_path(checkpoint, "cpu", "float32", tuned=folder).description == "loop-float32; chosen by default"
     assert caplog.records == []
+
+
+@pytest.fixture(scope="module")
+def ballot(voters: Mixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ballot") / "ballot.safetensors"
+    save_checkpoint(path, voters, Header(voters.architecture, tuple("abcde"), weights_sha256=""), torch.float32)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_vote_is_served_as_the_reference_counts_it(
+    ballot: Path, folder: Path, images: torch.Tensor, pixels: torch.Tensor, precision: str
+) -> None:
+    path = load_fast_path(ballot, "cpu", precision, max_batch_size=8, tuned=folder)
+    for alone in (True, False):
+        check_votes(load_checkpoint(ballot), on(path, alone), TOLERANCE[precision], images, pixels)
+
+
+def on(path: FastPath, alone: bool) -> Predict:
+    return lambda inputs: path.predict(inputs.numpy(), alone)
+
+
+def test_int8_is_refused_where_the_experts_vote(ballot: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"precision=int8: int8's ranges .* would influence the others' votes"):
+        load_fast_path(ballot, "cpu", "int8", tuned=folder)
+
+
+def test_top_k_is_refused_where_the_experts_vote(ballot: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match="top_k=2: the checkpoint's 3 experts vote, and every one has its say"):
+        load_fast_path(ballot, "cpu", top_k=2, tuned=folder)
+    assert check_top_k(read_header(ballot), 3) is None

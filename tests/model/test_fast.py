@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from model.fast_dense import DenseMixture
 from model.fast_graphs import GraphedMixture
 from model.fast_package import PackagedMixture, export_package
 from model.mixture import Mixture
+from tests.model.votes import check_votes
 
 DTYPES = [torch.float32, torch.bfloat16]
 KS = [None, 1, 2, 3]
@@ -250,3 +252,48 @@ def test_a_smooth_activation_survives_folding(
         assert (expected - mixture(images).exp()).abs().max() > 0.1  # the same weights, another network
     got = execution(smooth, torch.float32).predict(images).probabilities
     assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
+
+
+def assert_votes_agree(voters: Mixture, fast: Any, images: torch.Tensor, pixels: torch.Tensor) -> None:
+    def predict(inputs: torch.Tensor) -> Any:
+        probabilities, gate = fast.predict(inputs)
+        return probabilities.cpu().numpy(), gate.cpu().numpy()
+
+    check_votes(voters, predict, TOLERANCE[fast.dtype], images, pixels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stack", [0, 1, 2, 3])
+def test_votes_read_from_a_fast_answer_are_the_references(
+    voters: Mixture, images: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, stack: int
+) -> None:
+    fast = DenseMixture(voters, dtype, stack) if stack else FastMixture(voters, dtype)
+    assert_votes_agree(voters, fast, images, pixels)
+
+
+@pytest.fixture(scope="module")
+def shallow_voters(voters: Mixture) -> Mixture:
+    """Voters with a single block, as what is compiled here is the voting."""
+    cut = copy.deepcopy(voters)
+    torch.manual_seed(3)
+    for expert in cut.experts:
+        expert.blocks = nn.Sequential(expert.blocks[0])
+        expert.head = nn.Linear(8, 5)
+        nn.init.normal_(expert.head.weight, std=5)
+    return cut
+
+
+@needs_compiler
+def test_votes_survive_the_compiler(
+    shallow_voters: Mixture, images: torch.Tensor, pixels: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "generated"))
+    export_package(shallow_voters, tmp_path / "voters.pt2", torch.float32)
+    assert_votes_agree(shallow_voters, PackagedMixture(tmp_path / "voters.pt2"), images, pixels)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_votes_survive_a_cuda_graph(voters: Mixture, images: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype) -> None:
+    graphed = GraphedMixture(copy.deepcopy(voters).cuda(), dtype, max_batch=6, stack=2)
+    assert_votes_agree(voters, graphed, images, pixels)

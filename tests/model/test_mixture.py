@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -139,3 +140,47 @@ def test_an_image_is_judged_alike_alone_and_in_company(mixture: Mixture, images:
         changed = with_top_k(mixture, k)
         alone = torch.cat([changed(images[index : index + 1]) for index in range(7)])
         torch.testing.assert_close(changed(images)[:7], alone, **CLOSE)
+
+
+def votes_by_hand(mixture: Mixture, images: torch.Tensor) -> torch.Tensor:
+    """Return ``(votes + mean) / (E + 1)``, expert by expert, in double precision."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mixture.architecture.mean, mixture.architecture.std))
+    total = torch.zeros(len(images), 5, dtype=torch.float64)
+    for expert in mixture.experts:
+        answer = expert((images - mean) / std).double().softmax(dim=1)
+        total += answer / EXPERTS
+        for row, label in enumerate(answer.argmax(dim=1).tolist()):
+            total[row, label] += 1
+    return total / (EXPERTS + 1)
+
+
+def test_a_vote_answers_with_the_votes_and_the_mean(voters: Mixture, images: torch.Tensor) -> None:
+    log_probs = voters(images)
+    assert (log_probs.shape, log_probs.dtype) == ((33, 5), torch.float32)
+    torch.testing.assert_close(log_probs.double(), votes_by_hand(voters, images).log(), **CLOSE)
+    torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(33), rtol=0, atol=1e-5)
+
+
+def test_a_vote_has_no_gate_and_equal_weights(voters: Mixture, images: torch.Tensor) -> None:
+    assert not [name for name in voters.state_dict() if name.startswith("gate")]
+    torch.testing.assert_close(voters.components(images)[0].exp(), torch.full((33, 3), 1 / 3))
+
+
+def test_a_vote_has_the_gradient_of_the_mean_and_stays_finite(voters: Mixture, images: torch.Tensor) -> None:
+    extreme = copy.deepcopy(voters)
+    with torch.no_grad():
+        for expert in extreme.experts:
+            expert.head.weight.mul_(1e4)
+    for mixture in (voters, extreme):
+        inputs = images.clone().requires_grad_()
+        mixture(inputs)[:, 0].sum().backward()
+        assert inputs.grad is not None
+        assert inputs.grad.isfinite().all()
+        assert inputs.grad.abs().sum() > 0
+        assert mixture(images).isfinite().all()
+
+
+def test_every_expert_of_a_vote_has_its_say(voters: Mixture) -> None:
+    with pytest.raises(ValueError, match="top_k=2: every expert of a vote has its say"):
+        Mixture(voters.architecture, top_k=2)
+    assert Mixture(voters.architecture, top_k=3).top_k == 3

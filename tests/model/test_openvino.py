@@ -21,6 +21,7 @@ from model.mixture import Mixture
 pytest.importorskip("openvino", reason="the extra cpu is not installed")
 
 from model.openvino import OpenVinoMixture, Precision, quantise, save_model
+from tests.model.votes import check_votes
 
 Weights = dict[str, npt.NDArray[np.float32]]
 PRECISIONS: list[Precision] = ["float32", "bfloat16"]
@@ -247,3 +248,12 @@ def test_serving_needs_no_torch_and_tells_nobody(tmp_path: Path) -> None:
     assert ran.stdout.split("\n") == ["True", "True", "[] 1", ""]
     # When OpenVINO reports that it was imported, it leaves an identity in ~/intel for the next time.
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stack", [1, 2, 3])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_votes_read_from_an_answer_are_the_references(
+    voters: Mixture, images: torch.Tensor, pixels: torch.Tensor, precision: Precision, stack: int
+) -> None:
+    runs = OpenVinoMixture(voters.architecture, weights_of(voters), precision, stack, threads=2)
+    check_votes(voters, lambda inputs: runs.predict(inputs.numpy()), TOLERANCE[precision], images, pixels)
