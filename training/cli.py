@@ -18,11 +18,12 @@ from training.evaluation.levels import Level
 from training.evaluation.report import evaluate_checkpoint
 from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError
+from training.partition_command import register as register_partition
 from training.pipeline import Run
 from training.plan import plan
 from training.recipe import RECIPES, Recipe
 from training.replay import write_replay
-from training.worker import Stop, StopRequested, started
+from training.worker import Stop, StopRequested, Worker, started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +137,8 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run_command=_slice)
 
+    register_partition(commands, train, _prepared)
+
 
 def _device(name: str) -> str:
     try:
@@ -160,6 +163,19 @@ def _threads(text: str) -> int:
 @contextmanager
 def _run(options: argparse.Namespace) -> Iterator[Run]:
     """Yield the run that the options describe; with ``--dry-run`` print its plan and end the program instead."""
+    with _prepared(options) as (recipe, dataset, worker):
+        run = Run(recipe, dataset, options.run, options.seed, worker, getattr(options, "init", None))
+        if getattr(options, "dry_run", False):
+            shown = plan(run.stages(), worker)
+            if worker.first:
+                print(shown)
+            raise SystemExit(0)
+        yield run
+
+
+@contextmanager
+def _prepared(options: argparse.Namespace) -> Iterator[tuple[Recipe, Dataset, Worker]]:
+    """Yield the recipe, fitted to the data, the data and the worker that the options describe."""
     stop = Stop(getattr(options, "minutes", None))
     recipe: Recipe = RECIPES[options.recipe]
     for assignment in options.settings:
@@ -171,14 +187,7 @@ def _run(options: argparse.Namespace) -> Iterator[Run]:
         if worker.first:
             worker.wait()
         height, width = dataset.train.images.shape[2:]
-        recipe = recipe.for_data(len(dataset.label_names), height, width)
-        run = Run(recipe, dataset, options.run, options.seed, worker, getattr(options, "init", None))
-        if getattr(options, "dry_run", False):
-            shown = plan(run.stages(), dataset.split_holdout(recipe.holdout)[0], worker)
-            if worker.first:
-                print(shown)
-            raise SystemExit(0)
-        yield run
+        yield recipe.for_data(len(dataset.label_names), height, width), dataset, worker
 
 
 def _data(options: argparse.Namespace) -> Dataset:

@@ -47,6 +47,11 @@ class Split:
         """Return the split on a device, still uint8 and channels-last; nothing is copied when it is there already."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def digests(self) -> list[str]:
+        """Return the SHA-256 (hex) of each image's pixels, as rows of RGB bytes: a sample's identity, whatever its label."""
+        rows = self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [hashlib.sha256(image.data).hexdigest() for image in rows]
+
 
 @dataclass(frozen=True)
 class Dataset:

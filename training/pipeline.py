@@ -12,12 +12,12 @@ import torch
 
 from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoint
 from model.mixture import Mixture
-from training.data import Dataset
+from training.data import Dataset, Split
 from training.joint import JOINT, joint_settings, joint_stage
 from training.parts import join, split
 from training.plots import plot_run
 from training.pretrain import expert_name, expert_schedule, expert_settings, expert_stage
-from training.progress import check_settings, slim
+from training.progress import finished, slim
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
 from training.stage import Stage, run_stage, total_steps
@@ -39,6 +39,8 @@ class Run:
     def __init__(
         self, recipe: Recipe, dataset: Dataset, path: Path, seed: int, worker: Worker, init: str | None = None
     ) -> None:
+        if recipe.architecture.votes:
+            raise ValueError("aggregation=vote: a vote has no gate to train jointly; use palisade-train partition")
         self.dataset, self.worker = dataset, worker
         self._recipe, self._path, self._seed, self._init = recipe, path, seed, init
         self._train, _ = dataset.split_holdout(recipe.holdout)
@@ -71,7 +73,7 @@ class Run:
             self.worker.wait()
             return read_header(out)
         steps = total_steps(self._recipe.joint, len(self._train))
-        tensors = self._finished(JOINT, self._joint_settings(), steps, "joint")
+        tensors = finished(self._folder, JOINT, self._joint_settings(), steps, "joint")
         mixture = Mixture(self._recipe.architecture)
         mixture.gate.set_temperature(self._recipe.gate_temperature)
         mixture.load_state_dict({key.removeprefix("ema/"): value for key, value in tensors.items()})
@@ -122,11 +124,11 @@ class Run:
             self.pretrain()
         self.joint()
 
-    def stages(self) -> Iterator[Stage]:
-        """Yield what :meth:`train` would run, untrained."""
+    def stages(self) -> Iterator[tuple[Stage, Split]]:
+        """Yield what :meth:`train` would run, untrained, each with the data that it would see."""
         for index in range(len(self._recipe.experts)) if self._init is None else ():
-            yield self._expert_stage(index)
-        yield self._joint_stage(trained=False)
+            yield self._expert_stage(index), self._train
+        yield self._joint_stage(trained=False), self._train
 
     def _expert_stage(self, index: int) -> Stage:
         return expert_stage(index, self._recipe, self.dataset, self.worker.device, self._seed)
@@ -155,21 +157,9 @@ class Run:
         for index, expert in enumerate(mixture.experts):
             settings = expert_settings(index, self._recipe, self.dataset, self._seed)
             steps = total_steps(expert_schedule(index, self._recipe), len(self._train))
-            tensors = self._finished(expert_name(index), settings, steps, "pretrain")
+            tensors = finished(self._folder, expert_name(index), settings, steps, "pretrain")
             expert.load_state_dict({key.removeprefix("ema/expert."): value for key, value in tensors.items()})
         return mixture
-
-    def _finished(self, stage: str, settings: dict[str, Any], steps: int, command: str) -> dict[str, torch.Tensor]:
-        """Return the averaged weights of a stage that came to its end with these settings; ``ValueError`` for any other."""
-        saved = self._folder.load(stage)
-        if saved is None:
-            raise ValueError(f"{self._folder.path} has no {stage}: run 'palisade-train {command}' with this folder first")
-        tensors, counters = saved
-        check_settings(self._folder, stage, counters, settings)
-        if counters["step"] < steps:
-            done = f"at step {counters['step']} of {steps}"
-            raise ValueError(f"{self._folder.path}: {stage} is {done}: finish it with 'palisade-train {command}'")
-        return slim(tensors)
 
     def _joint_settings(self) -> dict[str, Any]:
         return joint_settings(self._recipe, self.dataset, self._seed, self._went_on_from)

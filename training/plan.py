@@ -15,15 +15,15 @@ from training.worker import Worker
 TIMED_STEPS = 3
 
 
-def plan(stages: Iterable[Stage], data: Split, worker: Worker) -> str:
-    """Return a table of the stages: steps, seconds per step, minutes, and the highest memory in use.
+def plan(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> str:
+    """Return a table of the stages, given with their training images: steps, seconds per step, minutes, and the peak of memory.
 
     Experts of one family with one schedule cost the same, so only the first of them is tried.
     """
     measured: dict[str, tuple[float, float]] = {}
     lines = ["| stage | steps | s/step | minutes | memory, MiB |", "|---|---|---|---|---|"]
     total = 0.0
-    for stage in stages:
+    for stage, data in stages:
         trainer = Trainer(stage, data, worker)
         kind = repr((stage.settings.get("expert", stage.name), stage.settings.get("schedule")))
         if kind not in measured:

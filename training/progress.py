@@ -119,6 +119,27 @@ def slim(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def finished(folder: RunFolder, stage: str, settings: dict[str, Any], steps: int, command: str) -> dict[str, torch.Tensor]:
+    """Return the averaged weights of a stage that came to its end; ``ValueError`` for any other.
+
+    Args:
+        folder: The run folder.
+        stage: The stage's name.
+        settings: What it has to be trained with.
+        steps: How many steps it takes.
+        command: What trains it.
+    """
+    saved = folder.load(stage)
+    if saved is None:
+        raise ValueError(f"{folder.path} has no {stage}: run 'palisade-train {command}' with this folder first")
+    tensors, counters = saved
+    check_settings(folder, stage, counters, settings)
+    if counters["step"] < steps:
+        done = f"at step {counters['step']} of {steps}"
+        raise ValueError(f"{folder.path}: {stage} is {done}: finish it with 'palisade-train {command}'")
+    return slim(tensors)
+
+
 def check_settings(folder: RunFolder, stage: str, counters: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ``ValueError`` if a saved state was trained with other settings."""
     if counters["settings"] != json.loads(json.dumps(settings)):

@@ -220,7 +220,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "architecture": self.architecture.to_json()}
 
 
 def _nine(fgsm: ExpertRecipe, pgd: ExpertRecipe) -> tuple[ExpertRecipe, ...]:
