@@ -87,6 +87,27 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_certified(results: dict[str, Any], path: Path) -> None:
+    """Draw the certified accuracy against the number of poisons, with 95 % intervals.
+
+    Args:
+        results: The evaluation's figures. ``results["certified"]`` is what
+            :func:`training.evaluation.certified.certified_accuracy` returns.
+        path: The PNG file to write.
+    """
+    certified = results["certified"]
+    poisons, percent, low, high = (
+        [point[part] for point in certified["points"]] for part in ("poisons", "percent", "low", "high")
+    )
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.fill_between(poisons, low, high, alpha=0.25, linewidth=0, step="post")
+    axes.step(poisons, percent, where="post", marker="o", markersize=4)
+    axes.set_xticks(poisons)
+    axes.set_ylim(0, 100)
+    label = "training samples inserted, removed or relabelled"
+    _finish(figure, axes, label, f"certified accuracy in %, n = {certified['n']}", path)
+
+
 def plot_gate(results: dict[str, Any], path: Path) -> None:
     """Draw the gate's mean weights, classes by experts, one heat map for each condition that was measured.
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from model.checkpoint import Header, load_checkpoint, read_header
 from model.fast import fold_batch_norms
+from training import partition
 from training.attack import Attack
 from training.data import Dataset, Split
 from training.evaluation.levels import EPSILON, STEP
@@ -93,7 +94,7 @@ def held_out(header: Header, dataset: Dataset, checkpoint: str | Path) -> Split:
             f"({header.data.get('name')}, SHA-256 {str(header.data.get('training_sha256'))[:12]}), "
             "so no image is known to be held out: give its data with --data"
         )
-    return dataset.split_holdout(size)[1]
+    return partition.held_out(dataset, size, header.data.get("partitions", 1))
 
 
 def _subset(split: Split, n: int, seed: int) -> Split:

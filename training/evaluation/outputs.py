@@ -14,7 +14,7 @@ from training.evaluation.page import Exhibit, write_page
 from training.evaluation.request import Request
 from training.evaluation.table import table
 from training.measure import Bench
-from training.plots import plot_corruptions, plot_curves, plot_evaluation, plot_gallery, plot_gate
+from training.plots import plot_certified, plot_corruptions, plot_curves, plot_evaluation, plot_gallery, plot_gate
 
 EXHIBITS = 8
 """The gallery shows the first so many images of the subset, so that nobody chose them."""
@@ -41,7 +41,12 @@ def _write_folder(results: dict[str, Any], folder: Path, gallery: list[Exhibit])
     _write_json(results, folder / "evaluation.json")
     (folder / "table.md").write_text(table(results) + "\n")
     plot_evaluation(results, folder / "accuracy.png")
-    for name, plot in (("curves", plot_curves), ("gate", plot_gate), ("corruptions", plot_corruptions)):
+    for name, plot in (
+        ("curves", plot_curves),
+        ("gate", plot_gate),
+        ("corruptions", plot_corruptions),
+        ("certified", plot_certified),
+    ):
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier evaluation into this folder
         if name in results:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from training.evaluation.certified import certified_section
 from training.evaluation.markup import Plots, document, figure, interval, length, paragraph, section, table, words
 
 SIGNIFICANT = 0.05
@@ -47,8 +48,9 @@ def write_page(results: dict[str, Any], folder: Path) -> Path:
     Args:
         results: The evaluation's figures. Sections whose key is absent are left out. The ``x`` of ``curves["epsilon"]`` is in
             255ths; entropies are in nats.
-        folder: Where the plots lie. ``accuracy.png``, ``curves.png``, ``gate.png`` and ``corruptions.png`` are shown beside the
-            figures that they draw, and left out where those are absent; ``gallery.png`` and all other ``*.png`` come last.
+        folder: Where the plots lie. ``accuracy.png``, ``curves.png``, ``gate.png``, ``corruptions.png`` and ``certified.png``
+            are shown beside the figures that they draw, and left out where those are absent; ``gallery.png`` and all other
+            ``*.png`` come last.
     """
     plots = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
     title = f"Robustness of a mixture on {results['data']['name']}"
@@ -58,6 +60,7 @@ def write_page(results: dict[str, Any], folder: Path) -> Path:
         _headline(results),
         _accuracy(results, plots),
         _autoattack(results),
+        certified_section(results, plots),
         _transfer(results),
         _paired(results),
         _sanity(results),
@@ -165,11 +168,16 @@ def _paired(results: dict[str, Any]) -> str:
         for test in tests
     ]
     caption = "The mixture against others on the same images, exact McNemar tests"
-    return section("Does the gate add anything?", paragraph(_verdict(tests)), table(caption, head, rows))
+    what = _aggregation(results)
+    return section(f"Does the {what} add anything?", paragraph(_verdict(tests, what)), table(caption, head, rows))
 
 
-def _verdict(tests: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words whether the gate beats averaging the experts uniformly."""
+def _aggregation(results: dict[str, Any]) -> str:
+    return "vote" if "surrogate" in results else "gate"
+
+
+def _verdict(tests: Sequence[Mapping[str, Any]], what: str) -> str:
+    """Say in words whether the gate, or the vote, beats averaging the experts uniformly."""
     against_uniform = [test for test in tests if test["against"] == "uniform average"]
     if not against_uniform:
         return "The mixture was not compared with a uniform average of its experts."
@@ -182,13 +190,13 @@ def _verdict(tests: Sequence[Mapping[str, Any]]) -> str:
             gains, losses = gains + (points > 0), losses + (points < 0)
             parts.append(f"{test['attack']}: it {'adds' if points > 0 else 'costs'} {abs(points):.1f} points (p = {p:.2g})")
     if gains and losses:
-        summary = "The gate beats uniform averaging of the experts on some images and loses to it on others"
+        summary = f"The {what} beats uniform averaging of the experts on some images and loses to it on others"
     elif gains:
-        summary = "The gate adds something over uniform averaging of the experts"
+        summary = f"The {what} adds something over uniform averaging of the experts"
     elif losses:
-        summary = "The gate adds nothing over uniform averaging of the experts: it does worse"
+        summary = f"The {what} adds nothing over uniform averaging of the experts: it does worse"
     else:
-        summary = "These images do not show that the gate adds anything over uniform averaging of the experts"
+        summary = f"These images do not show that the {what} adds anything over uniform averaging of the experts"
     return f"{summary}. At p < {SIGNIFICANT}: {'; '.join(parts)}."
 
 
@@ -278,7 +286,7 @@ def _corruptions(results: dict[str, Any], plots: Plots) -> str:
 
 def _pictures(plots: Plots) -> str:
     alt = "Rows of a clean image, the amplified perturbation and the attacked image, with the predictions above them."
-    others = [stem for stem in plots if stem not in ("accuracy", "curves", "gate", "corruptions", "gallery")]
+    others = [stem for stem in plots if stem not in ("accuracy", "curves", "gate", "corruptions", "certified", "gallery")]
     gallery = section("Gallery", figure(plots, "gallery", alt)) if "gallery" in plots else ""
     return gallery + (section("Other plots", *(figure(plots, stem, f"Plot {stem}") for stem in others)) if others else "")
 
@@ -291,6 +299,7 @@ def _method(results: dict[str, Any]) -> str:
         "test images": f"n = {results['n']}",
         "seed": str(results["seed"]),
         "precision of the attacks": results["precision"],
+        "attacked through": results.get("surrogate"),
         "experts run": "all" if top_k is None else f"{top_k} of largest weight for each image",
         "level": results.get("level"),
         "best single expert": best and f"{best['name']}, chosen on {best['chosen_on']}",

@@ -17,6 +17,7 @@ from training.attack import Attack, LogProbs
 from training.data import Dataset, Split
 from training.evaluation import autoattack, sanity
 from training.evaluation.autoattack import Ensemble, Journal
+from training.evaluation.certified import SURROGATE, certified_accuracy
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from training.evaluation.examination import Examination
 from training.evaluation.levels import EPSILON, QUICK, STANDARD
@@ -27,6 +28,7 @@ from training.evaluation.sanity import MaskedGradientsError, failed
 from training.evaluation.significance import Correct, interval, paired_tests
 from training.evaluation.table import suspicion, table
 from training.measure import Bench, exact_float32
+from training.partition import held_out
 
 SELECTION_IMAGES = 500
 """Held-out training images on which the best single expert is chosen."""
@@ -80,6 +82,10 @@ def evaluate_checkpoint(
         name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
         for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
+    if header.architecture.votes:
+        more["surrogate"] = SURROGATE
+    if header.is_certified:
+        more["certified"] = certified_accuracy(mixture, bench)
     if request.level != "quick":
         more |= Examination(mixture, compared, best, bench, correct).run()
     if after:
@@ -156,12 +162,11 @@ def _best_expert(
     header: Header, dataset: Dataset, compared: dict[str, LogProbs], device: torch.device, seed: int
 ) -> str | None:
     """Choose the single expert to compare with on training images that training has not seen; ``None`` on other data."""
-    held_out = header.data.get("held_out_training_images")
-    if header.data.get("training_sha256") != dataset.digest or not isinstance(held_out, int):
+    size, parts = header.data.get("held_out_training_images"), header.data.get("partitions", 1)
+    if header.data.get("training_sha256") != dataset.digest or not isinstance(size, int):
         print("these are not the checkpoint's training data: no single expert can be chosen on held-out images of theirs")
         return None
-    _, holdout = dataset.split_holdout(held_out)
-    bench = Bench(holdout, device, seed).first(SELECTION_IMAGES)
+    bench = Bench(held_out(dataset, size, parts), device, seed).first(SELECTION_IMAGES)
     experts = tqdm([n for n in compared if n.startswith("expert")], desc="choose single expert", dynamic_ncols=True)
     robust: dict[str, float] = {name: bench.correct(compared[name], QUICK["PGD-10"]).sum().item() for name in experts}
     return max(robust, key=robust.__getitem__)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from training.evaluation.certified import certified_markdown
 from training.evaluation.sanity import failed
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the figures as Markdown, a suspicion of masked gradients first."""
-    parts = [suspicion(results), _accuracies(results), _autoattack(results), _comparisons(results), _method(results)]
+    parts = [
+        suspicion(results),
+        _accuracies(results),
+        _autoattack(results),
+        certified_markdown(results),
+        _comparisons(results),
+        _method(results),
+    ]
     parts += [_sanity(results)]
     return "\n\n".join(part for part in parts if part)
 
@@ -75,6 +83,7 @@ def _method(results: dict[str, Any]) -> str:
         f"Accuracy in % with 95 % Wilson intervals; n = {results['n']} {results['data']['name']} test images, "
         f"seed {results['seed']}, epsilon 8/255, PGD step 2/255 with random start, "
         f"attacks in {results['precision']} on the network's own log-probabilities."
+        + (f" {results['surrogate']}" if "surrogate" in results else "")
         + ("" if results["level"] == "quick" else " x2: two restarts, both of which must be survived. CW: margin objective.")
     )
 

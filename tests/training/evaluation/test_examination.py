@@ -258,3 +258,20 @@ def test_corruptions_are_measured_when_asked_for(standard: Path) -> None:
     assert corruptions["n"] == 30
     assert corruptions["mean"] == pytest.approx(np.mean(list(corruptions["names"].values())), abs=0.01)
     assert "15 common corruptions" in (standard / "table.md").read_text()
+
+
+def test_a_vote_is_examined_without_what_only_a_gate_has(trained: Trained, tmp_path: Path, brief: None) -> None:
+    header, mixture = read_header(trained.checkpoint), load_checkpoint(trained.checkpoint)
+    architecture = replace(header.architecture, aggregation="vote")
+    voters = Mixture(architecture).eval()
+    voters.experts.load_state_dict(mixture.experts.state_dict())
+    path, figures = tmp_path / "vote.safetensors", tmp_path / "figures.json"
+    save_checkpoint(path, voters, replace(header, architecture=architecture))
+    main(trained.command("--checkpoint", str(path), "--n", "8", "--level", "standard", "--json", str(figures)))
+    results = json.loads(figures.read_text())
+    assert "gate" not in results
+    assert "certified" not in results  # its experts shared their data
+    assert "Attacks climb the mean of their probabilities" in results["surrogate"]
+    assert not [name for name in results["accuracy"] if name.startswith("top")]
+    checks = [finding["check"] for finding in results["sanity"]]
+    assert checks == ["more_steps", "large_epsilon", "square", "transfer", "gradients", "determinism"]
