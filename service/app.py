@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,9 @@ class Service:
 
     def _build_pipeline(self, decode_pool: ThreadPoolExecutor) -> Pipeline:
         settings, architecture = self._settings, self._header.architecture
+        policies = settings.policies()
+        if not self._header.is_certified:
+            policies = {tier: replace(policy, certificate=False) for tier, policy in policies.items()}
         keys = KeyStore(Path(settings.keys_file)) if settings.keys_file else None
         pipeline = Pipeline(
             identifier=Identifier(keys, settings.anonymous == "on", settings.trusted_proxies, settings.forwarded_header),
@@ -112,10 +116,11 @@ class Service:
             scheduler=self._scheduler,
             decoder=Decoder(architecture.height, architecture.input_width, settings.max_image_bytes, settings.max_image_pixels),
             decode_pool=decode_pool,
-            policies=settings.policies(),
+            policies=policies,
             labels=self._header.class_names,
             deadline_s=settings.request_deadline_ms / 1000,
             metrics=self._metrics,
+            voters=architecture.num_experts if architecture.votes else 0,
         )
         return pipeline if self._tracing is None else self._tracing.pipeline(pipeline)
 

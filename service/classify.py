@@ -86,12 +86,15 @@ class Classifier:
         """Return what a caller may know of the model, its policy and its quota."""
         pipeline = self.pipeline
         caller = pipeline.identify(request)
+        policy = await pipeline.policy_of(caller)
+        certified = pipeline.voters and policy.shows_certificates
         return {
             "name": MODEL_NAME,
             "version": pipeline.version,
             "labels": list(pipeline.labels),
             "input": {"height": pipeline.decoder.height, "width": pipeline.decoder.width},
-            "policy": (await pipeline.policy_of(caller)).describe(),
+            "policy": policy.describe(),
+            **({"certificate": {"partitions": pipeline.voters}} if certified else {}),
             "quota": [
                 {
                     "window": level.window.name,
@@ -114,4 +117,7 @@ def predictions_of(protected: Protected, labels: Sequence[str]) -> list[dict[str
     for prediction, index, row, order in zip(predictions, best, rows, shown, strict=True):
         prediction["confidence"] = row[index]
         prediction["scores"] = {labels[i]: row[i] for i in order}
+    if protected.tolerated is not None:
+        for prediction, tolerated in zip(predictions, protected.tolerated.tolist(), strict=True):
+            prediction["certificate"] = {"tolerated_partitions": tolerated}
     return predictions

@@ -18,13 +18,24 @@ from service.v2 import schemas
 from service.v2.descriptions import description
 
 
+class Certificate(BaseModel):
+    """What poisoned training data could not have changed; only of a model whose experts vote, where your policy shows it."""
+
+    tolerated_partitions: int = Field(
+        ge=0,
+        description="Of so many partitions of the training data any samples could be others, and the label would be the same. "
+        "A sample that is inserted, removed or relabelled changes one partition, one whose pixels change two.",
+    )
+
+
 class Prediction(BaseModel):
-    """One image's answer; a policy may leave out ``confidence`` and ``scores``."""
+    """One image's answer; a policy may leave out ``confidence``, ``scores`` and ``certificate``."""
 
     label: str
     index: int
     confidence: float | None = None
     scores: dict[str, float] | None = Field(None, description="From the largest to the smallest, as many as the policy shows.")
+    certificate: Certificate | None = None
 
 
 class Answer(BaseModel):
@@ -52,6 +63,12 @@ class PolicyView(BaseModel):
     label_only: bool
 
 
+class CertificateView(BaseModel):
+    """Present where your answers carry certificates."""
+
+    partitions: int = Field(description="Into how many the training data were divided; as many experts vote.")
+
+
 class QuotaView(BaseModel):
     """What is left of one window."""
 
@@ -69,6 +86,7 @@ class ModelView(BaseModel):
     labels: list[str]
     input: InputSize
     policy: PolicyView
+    certificate: CertificateView | None = None
     quota: list[QuotaView]
 
 
@@ -254,6 +272,7 @@ MODEL: Fields = {
     "summary": "The model, your policy and your quota",
     "tags": ["Images in, labels out"],
     "response_model": ModelView,
+    "response_model_exclude_unset": True,
     "responses": {**_success(examples.MODEL), **_refusals((*IDENTIFIED, 503))},
     "dependencies": KEYS,
     "openapi_extra": {"parameters": [ID_PARAMETER], "security": NO_KEY},

@@ -128,6 +128,7 @@ class Pipeline:
         labels: Class names.
         deadline_s: How long a request may take to reach the engine.
         metrics: Counts.
+        voters: How many experts vote, each trained on a partition of its own; 0 if they do not vote.
     """
 
     identifier: Identifier
@@ -139,6 +140,7 @@ class Pipeline:
     labels: tuple[str, ...]
     deadline_s: float
     metrics: Metrics
+    voters: int
 
     @property
     def version(self) -> str:
@@ -182,7 +184,7 @@ class Pipeline:
         finally:
             body.close()
         policy = self.policies[ticket.policy]
-        protected = policy.protect(rows)
+        protected = policy.protect(rows, self.voters)
         self.metrics.answered(self.labels, protected.best)
         return Answered(protected, policy, rate_limit_headers(ticket.levels), ticket.version)
 

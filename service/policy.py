@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from model.certificate import read_means, read_votes, tolerated_partitions
 from service.quota import Window
 
 BEND = 0.2
@@ -22,11 +23,14 @@ class Protected:
         best: Index of each image's class, ``(N,)``.
         scores: Rounded probabilities ``(N, C)`` float64, 0 where a policy hides them; ``None`` under label only.
         shown: The classes whose scores may be shown, best first, ``(N, top_n or C)``; ``None`` under label only.
+        tolerated: Of how many partitions the training samples may change without changing the class, ``(N,)`` int64; ``None``
+            if the experts do not vote or the policy does not show it.
     """
 
     best: np.ndarray
     scores: np.ndarray | None = None
     shown: np.ndarray | None = None
+    tolerated: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Policy:
         label_only: Show no probabilities at all.
         windows: Quotas of images, none for no limit.
         reverse_sigmoid: How much probabilities are bent before they are rounded, in ``[0, 1]``; 0 does not bend them.
+        certificate: Show the certificates of a vote, and so how the votes were split.
     """
 
     tier: str
@@ -48,18 +53,33 @@ class Policy:
     label_only: bool = False
     windows: tuple[Window, ...] = ()
     reverse_sigmoid: float = 0.0
+    certificate: bool = False
 
-    def protect(self, probabilities: np.ndarray) -> Protected:
+    @property
+    def shows_certificates(self) -> bool:
+        """Whether certificates are shown; label only hides them too, as they are made of the votes."""
+        return self.certificate and not self.label_only
+
+    def protect(self, probabilities: np.ndarray, voters: int = 0) -> Protected:
         """Return what may leave of exact probabilities ``(N, C)``.
 
         The class is that of the exact probabilities. Rounding is half to even and keeps order, so the class's rounded
         probability is never below another's; rounded probabilities need not sum to 1: with ``C`` classes they sum to 1 within
         ``C / 2`` grains, and to less where ``top_n`` hides some. Rounding once more changes nothing; bending once more does.
+
+        Args:
+            probabilities: As the engine computed them.
+            voters: How many experts voted, each trained on a partition of its own; 0 if they do not vote.
         """
         best = probabilities.argmax(axis=1)  # (N,)
         if self.label_only:
             return Protected(best)
         exact = probabilities.astype(np.float64)
+        tolerated: np.ndarray | None = None
+        if voters and self.certificate:
+            tolerated = tolerated_partitions(read_votes(exact, voters))
+        elif voters:
+            exact = hide_votes(exact, best, voters)
         if self.reverse_sigmoid:
             exact = bend(exact, best, self.reverse_sigmoid)
         rounded = np.round(exact, self.decimals) + 0.0  # (N, C); + 0.0 turns -0.0 into 0.0
@@ -73,18 +93,38 @@ class Policy:
             kept = np.zeros_like(rounded)
             np.put_along_axis(kept, shown, np.take_along_axis(rounded, shown, axis=1), axis=1)
             rounded = kept
-        return Protected(best, rounded, shown)
+        return Protected(best, rounded, shown, tolerated)
 
     def is_as_strict_as(self, other: Policy) -> bool:
         """Tell whether this policy shows nothing of an answer that ``other`` hides."""
         if self.label_only or other.label_only:
             return self.label_only
         shows_no_more = not other.top_n or 0 < self.top_n <= other.top_n
-        return self.decimals <= other.decimals and shows_no_more and self.reverse_sigmoid >= other.reverse_sigmoid
+        hides_votes = other.certificate or not self.certificate
+        finer = self.decimals > other.decimals or self.reverse_sigmoid < other.reverse_sigmoid
+        return hides_votes and shows_no_more and not finer
 
     def describe(self) -> dict[str, Any]:
         """Return the policy as its callers may see it."""
         return {"tier": self.tier, "decimals": self.decimals, "top_n": self.top_n or None, "label_only": self.label_only}
+
+
+def hide_votes(probabilities: np.ndarray, best: np.ndarray, voters: int) -> np.ndarray:
+    """Return what tells nothing of a vote but its outcome: the means of the experts' probabilities.
+
+    Where the mean prefers another class, the answer's is lifted to the largest and the row made to sum to 1 again.
+
+    Args:
+        probabilities: What ``voters`` voting experts answered, ``(N, C)`` float64.
+        best: Their classes, ``(N,)``.
+        voters: How many experts voted.
+
+    Returns:
+        ``(N, C)`` float64, rows that sum to 1, largest in the column of their class.
+    """
+    means = read_means(probabilities, voters)
+    means[np.arange(len(best)), best] = means.max(axis=1)
+    return np.asarray(means / means.sum(axis=1, keepdims=True))
 
 
 def bend(probabilities: np.ndarray, best: np.ndarray, strength: float) -> np.ndarray:

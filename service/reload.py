@@ -188,11 +188,20 @@ class Reloader:
             detail = f"its input size is {other} pixels, that of the model in use is {size}"
         elif ours.class_names != theirs.class_names:
             detail = _difference(ours.class_names, theirs.class_names)
+        elif _kind(ours) != _kind(theirs):
+            detail = f"its experts {_kind(theirs)}, those of the model in use {_kind(ours)}"
         else:
             return
         raise Problem(
             409, f"{snapshot.origin}: {detail}; callers rely on it, so start a new service for this checkpoint", "does-not-fit"
         )
+
+
+def _kind(header: Header) -> str:
+    """Return how the experts' answers become one, as far as callers that are shown certificates can tell."""
+    if not header.architecture.votes:
+        return "are weighed by a gate"
+    return f"vote, {header.architecture.num_experts} of them{', with certificates' if header.is_certified else ''}"
 
 
 def _size(header: Header) -> str:

@@ -94,6 +94,7 @@ class Settings(BaseSettings):
     tier_anonymous_top_n: int = Field(0, ge=0, description="Scores they are shown, the largest; 0 shows all.")
     tier_anonymous_label_only: bool = Field(False, description="Show them no probabilities at all.")
     tier_anonymous_reverse_sigmoid: float = Field(0, ge=0, le=1, description="How much their probabilities are bent.")
+    tier_anonymous_certificate: bool = Field(False, description="Show them the certificates of a vote, and so its votes.")
     tier_standard_limits: Windows = Field(
         parse_windows("600/minute;5000/day"), description="Windows of images of a key of tier standard; empty for no limit."
     )
@@ -101,6 +102,7 @@ class Settings(BaseSettings):
     tier_standard_top_n: int = Field(0, ge=0, description="Scores they are shown, the largest; 0 shows all.")
     tier_standard_label_only: bool = Field(False, description="Show them no probabilities at all.")
     tier_standard_reverse_sigmoid: float = Field(0, ge=0, le=1, description="How much their probabilities are bent.")
+    tier_standard_certificate: bool = Field(False, description="Show them the certificates of a vote, and so its votes.")
     tier_trusted_limits: Windows = Field(
         parse_windows(""), description="Windows of images of a key of tier trusted; empty for no limit."
     )
@@ -108,6 +110,7 @@ class Settings(BaseSettings):
     tier_trusted_top_n: int = Field(0, ge=0, description="Scores they are shown, the largest; 0 shows all.")
     tier_trusted_label_only: bool = Field(False, description="Show them no probabilities at all.")
     tier_trusted_reverse_sigmoid: float = Field(0, ge=0, le=1, description="How much their probabilities are bent.")
+    tier_trusted_certificate: bool = Field(True, description="Show them the certificates of a vote, and so its votes.")
 
     tier_anonymous_watch: WatchMode = Field("act", description="'act' restricts suspects, 'count' only lists them, or 'off'.")
     tier_standard_watch: WatchMode = Field("act", description="'act' restricts suspects, 'count' only lists them, or 'off'.")
@@ -203,6 +206,7 @@ class Settings(BaseSettings):
                 top_n=getattr(self, f"{prefix}_top_n"),
                 label_only=getattr(self, f"{prefix}_label_only"),
                 reverse_sigmoid=getattr(self, f"{prefix}_reverse_sigmoid"),
+                certificate=tier != SUSPECT and getattr(self, f"{prefix}_certificate"),
                 windows=getattr(self, f"{prefix}_limits") if self.limits == "on" else (),
             )
             for tier, prefix in {**{tier: f"tier_{tier}" for tier in TIERS}, SUSPECT: SUSPECT}.items()

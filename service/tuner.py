@@ -16,7 +16,7 @@ import numpy as np
 from model import tuned
 from model.checkpoint import read_header
 from model.device import STACKS, processor
-from model.execution import ExecutionName, available, check_top_k, choose_device
+from model.execution import NO_INT8_VOTE, ExecutionName, available, check_top_k, choose_device
 from model.tuned import Identity, Tuning, artefact
 from service.replay import Replay, read_replay
 from service.settings import Settings
@@ -46,6 +46,8 @@ class Tuner:
         self._options = options
         self._checkpoint: str = options.checkpoint or settings.checkpoint
         self._header = read_header(self._checkpoint)
+        architecture = self._header.architecture
+        self._voters = architecture.num_experts if architecture.votes else 0
         self._device = choose_device(settings.device)
         self._top_k, self._threads = check_top_k(self._header, settings.top_k or None), settings.threads
         self._replay: Replay | None = options.replay and read_replay(options.replay, self._header)
@@ -74,10 +76,12 @@ class Tuner:
     def _candidates(self, only: Sequence[str]) -> list[str]:
         experts = self._header.architecture.num_experts
         quantised = [f"openvino-int8-x{stack}" for stack in sorted({min(stack, experts) for stack in STACKS[1:]})]
+        if self._voters and any(ExecutionName.parse(name).precision == "int8" for name in only):
+            raise ValueError(f"--only {','.join(only)}: {NO_INT8_VOTE}")
         if only:
             return list(only)
         names = available(self._device, experts, self._top_k)
-        whole = self._top_k is None and any(name.startswith("openvino-") for name in names)
+        whole = self._top_k is None and not self._voters and any(name.startswith("openvino-") for name in names)
         return [*names, *(quantised if self._replay and whole else [])]
 
     def _admit(
@@ -87,7 +91,8 @@ class Tuner:
         try:
             watch = stack.enter_context(self._start(name, scratch))
             answers = self._answers(watch)
-            agreement = Agreement.between(name, *(np.concatenate(list(side.values())) for side in (answers, expected)))
+            ours, theirs = (np.concatenate(list(side.values())) for side in (answers, expected))
+            agreement = Agreement.between(name, ours, theirs, self._voters)
             if not agreement.holds(name):
                 raise ExecutionFailedError(f"{name}: its answers are too far from the reference's: {agreement}")
             if ExecutionName.parse(name).precision == "int8":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from model.certificate import read_votes, tolerated_partitions
 from service.client.files import UnreadableError, read
 from service.client.outcome import Outcome
 from service.decode import Decoder
@@ -51,7 +52,12 @@ class Offline:
     def _prediction(self, row: np.ndarray) -> dict[str, Any]:
         order = np.argsort(-row, kind="stable").tolist()
         scores = {self._labels[index]: float(row[index]) for index in order}
-        return {"label": self._labels[order[0]], "confidence": float(row[order[0]]), "scores": scores}
+        prediction = {"label": self._labels[order[0]], "confidence": float(row[order[0]]), "scores": scores}
+        header = self._fast_path.header
+        if header.is_certified:
+            tolerated = tolerated_partitions(read_votes(row[None], header.architecture.num_experts))
+            prediction["certificate"] = {"tolerated_partitions": int(tolerated[0])}
+        return prediction
 
     def _decoded(self, files: Sequence[Path]) -> Iterator[list[Decoded]]:
         """Yield decoded batches; the next one is decoded while the last one is classified."""

@@ -13,7 +13,8 @@ class Outcome:
 
     Attributes:
         path: As it was given or found.
-        prediction: ``label``, and, unless a policy hides them, ``confidence`` and ``scores`` by label, best first.
+        prediction: ``label``, and, unless a policy hides them, ``confidence``, ``scores`` by label, best first, and the
+            ``certificate`` of a vote.
         error: Why there is no prediction.
     """
 
@@ -25,7 +26,9 @@ class Outcome:
         """Return a JSON object with at most ``top`` scores."""
         if self.prediction is None:
             return {"path": str(self.path), "error": self.error}
-        shown: dict[str, Any] = {name: self.prediction[name] for name in ("label", "confidence") if name in self.prediction}
+        shown: dict[str, Any] = {
+            name: self.prediction[name] for name in ("label", "confidence", "certificate") if name in self.prediction
+        }
         if "scores" in self.prediction:
             shown["scores"] = dict(list(self.prediction["scores"].items())[:top])
         return {"path": str(self.path), **shown}

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from model.checkpoint import Header
 
+CERTIFICATE = (
+    "each expert was trained on its own part of the data: an answer that leads by more than 2 r votes would be the same "
+    "whatever r training samples had been inserted, removed or relabelled (docs/training.md, Partition mode)"
+)
+NO_CERTIFICATE = "none: the header does not say that each expert was trained on its own part of the data"
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -62,6 +67,7 @@ def _card(path: Path, header: Header, verified: bool) -> dict[str, Any]:
         "architecture": header.architecture.to_json(),
         "parameters": sum(prod(shape) for name, shape in shapes.items() if not name.endswith(STATISTICS)),
         "top_k": header.top_k,
+        "certified": header.is_certified,
         "class_names": list(header.class_names),
         "recipe": header.recipe,
         "data": header.data,
@@ -73,13 +79,16 @@ def _lines(card: dict[str, Any]) -> list[str]:
     """Return the card as text. A header may hold anything, so that what is missing or odd is left out or shown as it is."""
     shape = card["architecture"]
     checked = "the tensors hash to it" if card["verified"] else "not verified"
-    experts = f"{shape['num_experts']} ResNet-18 experts of width {shape['width']}, a gate of width {shape['gate_width']}"
+    votes = shape.get("aggregation") == "vote"
+    how = "who vote" if votes else f"a gate of width {shape['gate_width']}"
+    experts = f"{shape['num_experts']} ResNet-18 experts of width {shape['width']}, {how}"
     run = card["top_k"] or shape["num_experts"]
     rows = [
         ("checkpoint", f"{card['path']}, {card['bytes'] / 2**20:.1f} MiB"),
         ("digest", f"{card['weights_sha256']} ({checked})"),
         ("version", card["version"]),
         ("architecture", f"{experts}; {card['parameters']:,} parameters; {run} experts run for an image"),
+        *([("certificate", CERTIFICATE if card["certified"] else NO_CERTIFICATE)] if votes else []),
         ("input", f"{shape['height']} x {shape['input_width']} pixels, RGB"),
         ("classes", f"{len(card['class_names'])}: {', '.join(card['class_names'])}"),
         ("recipe", _short(card["recipe"])),

@@ -58,7 +58,8 @@ ROUTES = {
     "/v2/models": Description("The models", "There is one.", schemas.MODELS, {"models": [MODEL_NAME]}),
     MODEL_ROUTE: Description(
         "The model's inputs and outputs",
-        "`probabilities` is absent where your policy shows labels only.",
+        "`probabilities` is absent where your policy shows labels only, `tolerated_partitions` unless the model's experts vote "
+        "and your policy shows certificates.",
         schemas.METADATA,
         describe_model(CARD),
         KEYED,

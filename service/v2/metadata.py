@@ -8,7 +8,7 @@ from typing import Any
 
 from service.classify import MODEL_NAME
 from service.v2.encoded import IMAGE_BYTES
-from service.v2.outputs import CLASS_ID, PROBABILITIES
+from service.v2.outputs import CLASS_ID, PROBABILITIES, TOLERATED
 from service.v2.pixels import IMAGES
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
@@ -27,6 +27,7 @@ class ModelCard:
         max_images: Most images in one request.
         max_queue_delay_us: How long a batch may wait for more images, in microseconds.
         label_only: Whether the caller's policy shows no probabilities, so that there seem to be none.
+        certified: Whether the caller is shown certificates; without them there seem to be none.
     """
 
     version: str
@@ -36,6 +37,7 @@ class ModelCard:
     max_images: int
     max_queue_delay_us: int
     label_only: bool
+    certified: bool = False
 
 
 def describe_server() -> dict[str, Any]:
@@ -48,6 +50,8 @@ def describe_model(card: ModelCard) -> dict[str, Any]:
     outputs = [{"name": CLASS_ID, "datatype": "INT64", "shape": [-1]}]
     if not card.label_only:
         outputs.insert(0, {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, card.classes]})
+    if card.certified:
+        outputs.append({"name": TOLERATED, "datatype": "INT64", "shape": [-1]})
     return {
         "name": MODEL_NAME,
         "versions": [card.version],
@@ -70,6 +74,8 @@ def configuration(card: ModelCard) -> dict[str, Any]:
     outputs: list[dict[str, Any]] = [{"name": CLASS_ID, "data_type": "TYPE_INT64", **one}]
     if not card.label_only:
         outputs.insert(0, {"name": PROBABILITIES, "data_type": "TYPE_FP32", "dims": [card.classes]})
+    if card.certified:
+        outputs.append({"name": TOLERATED, "data_type": "TYPE_INT64", **one})
     pixels = {"data_type": "TYPE_FP32", "format": "FORMAT_NCHW", "dims": [3, card.height, card.width]}
     return {
         "name": MODEL_NAME,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from service.classify import MODEL_NAME
 from service.policy import Protected
 from service.problems import Problem
-from service.v2.outputs import CLASS_ID, PROBABILITIES, RequestedOutput
+from service.v2.outputs import CLASS_ID, PROBABILITIES, TOLERATED, RequestedOutput
 from service.v2.request import InferRequest
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -23,9 +23,10 @@ def render_infer(
 ) -> tuple[bytes, dict[str, str]]:
     """Return a reply's body and its headers.
 
-    Outputs: ``probabilities`` FP32 ``[N, C]``, rounded and 0 where the policy hides them, and ``class_id`` INT64 ``[N]``. With
-    the classification extension, ``probabilities`` is BYTES ``[N, k]`` of ``value:index:label``, best first, values with six
-    decimals as Triton writes them; ``k`` is the number asked for, but no more than the policy shows.
+    Outputs: ``probabilities`` FP32 ``[N, C]``, rounded and 0 where the policy hides them, ``class_id`` INT64 ``[N]``, and, of a
+    vote where the policy shows it, ``tolerated_partitions`` INT64 ``[N]``. With the classification extension, ``probabilities``
+    is BYTES ``[N, k]`` of ``value:index:label``, best first, values with six decimals as Triton writes them; ``k`` is the
+    number asked for, but no more than the policy shows.
 
     Args:
         request: What was asked; its ``check`` allowed it.
@@ -58,16 +59,20 @@ def problem_response(problem: Problem) -> Response:
 
 
 def _defaults(request: InferRequest, protected: Protected) -> tuple[RequestedOutput, ...]:
-    names = (CLASS_ID,) if protected.scores is None else (PROBABILITIES, CLASS_ID)
+    names: tuple[str, ...] = (CLASS_ID,) if protected.scores is None else (PROBABILITIES, CLASS_ID)
+    if protected.tolerated is not None:
+        names = (*names, TOLERATED)
     return tuple(RequestedOutput(name, request.binary) for name in names)
 
 
 def _tensor(output: RequestedOutput, protected: Protected, labels: Sequence[str]) -> tuple[dict[str, Any], bytes | list[Any]]:
     """Return a tensor's description, and its values as bytes or as a flat list."""
-    if output.name == CLASS_ID:
-        ids = protected.best.astype("<i8")  # (N,)
-        described = {"name": CLASS_ID, "datatype": "INT64", "shape": list(ids.shape)}
-        return described, ids.tobytes() if output.binary else ids.tolist()
+    if output.name in (CLASS_ID, TOLERATED):
+        numbers = protected.best if output.name == CLASS_ID else protected.tolerated
+        assert numbers is not None
+        whole = numbers.astype("<i8")  # (N,)
+        described = {"name": output.name, "datatype": "INT64", "shape": list(whole.shape)}
+        return described, whole.tobytes() if output.binary else whole.tolist()
     assert protected.scores is not None
     if output.classes:
         texts, shape = _classification(output.classes, protected, labels)

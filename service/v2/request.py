@@ -18,7 +18,7 @@ from service.policy import Policy
 from service.problems import bad_input, forbidden, too_large
 from service.v2.encoded import IMAGE_BYTES, encoded_images
 from service.v2.fields import JSON_TYPES, objects, optional, required, shown
-from service.v2.outputs import PROBABILITIES, RequestedOutput, requested_outputs
+from service.v2.outputs import PROBABILITIES, TOLERATED, RequestedOutput, requested_outputs
 from service.v2.pixels import IMAGES, PixelTensor, pixel_tensor
 
 MAX_ID = 1024
@@ -34,11 +34,13 @@ class InferLimits:
         height: The model's input height in pixels.
         width: The model's input width in pixels.
         max_images: Most images in one request.
+        certified: Whether the model has certificates.
     """
 
     height: int
     width: int
     max_images: int
+    certified: bool = False
 
     @property
     def max_values(self) -> int:
@@ -78,9 +80,11 @@ class InferRequest:
         return self.tensor.decode(decoder, expired)
 
     def check(self, policy: Policy) -> None:
-        """Raise ``Problem`` 403 when the request names ``probabilities`` and the policy shows none."""
-        if policy.label_only and any(output.name == PROBABILITIES for output in self.outputs):
-            raise forbidden(f"output '{PROBABILITIES}' is not shown to your tier; ask for 'class_id', or name no outputs")
+        """Raise ``Problem`` 403 when the request names an output that the policy does not show."""
+        named = {output.name for output in self.outputs}
+        for name, is_shown in ((PROBABILITIES, not policy.label_only), (TOLERATED, policy.shows_certificates)):
+            if name in named and not is_shown:
+                raise forbidden(f"output '{name}' is not shown to your tier; ask for 'class_id', or name no outputs")
 
 
 def parse_infer(body: bytes | bytearray, header_length: str | None, limits: InferLimits) -> InferRequest:
@@ -109,7 +113,7 @@ def parse_infer(body: bytes | bytearray, header_length: str | None, limits: Infe
     return InferRequest(
         id=request_id,
         deadline_s=timeout_us / 1e6 if timeout_us else None,
-        outputs=requested_outputs(header, binary),
+        outputs=requested_outputs(header, binary, limits.certified),
         tensor=_tensor(_only_input(header), rest, limits, header_length is not None),
         binary=binary,
     )

@@ -106,7 +106,7 @@ class InferRoutes:
             Problem: See docs/http-api.md for every status.
         """
         pipeline = self._pipeline_for(request)
-        limits = InferLimits(pipeline.decoder.height, pipeline.decoder.width, self.max_images)
+        limits = InferLimits(pipeline.decoder.height, pipeline.decoder.width, self.max_images, pipeline.voters > 0)
         lengths = request.headers.getlist(HEADER_LENGTH)
         header_length = ",".join(lengths) if lengths else None
         parsed: list[InferRequest] = []
@@ -189,6 +189,7 @@ class InferRoutes:
             max_images=self.max_images,
             max_queue_delay_us=self.max_queue_delay_us,
             label_only=policy.label_only,
+            certified=pipeline.voters > 0 and policy.shows_certificates,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from service.classify import MODEL_NAME
 from service.v2.encoded import IMAGE_BYTES
-from service.v2.outputs import CLASS_ID, PROBABILITIES
+from service.v2.outputs import CLASS_ID, PROBABILITIES, TOLERATED
 from service.v2.pixels import DTYPES, IMAGES, LAYOUTS
 from service.v2.request import MAX_ID
 
@@ -32,6 +32,7 @@ def or_null(kind: str, **more: Any) -> Schema:
     return {"type": [kind, "null"], **more}
 
 
+OUTPUTS = [PROBABILITIES, CLASS_ID, TOLERATED]
 STRING: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 SHAPE = array({"type": "integer"})
@@ -103,7 +104,7 @@ _IMAGE_BYTES = {
 }
 _REQUESTED_OUTPUT = fields(
     "name",
-    name={"enum": [PROBABILITIES, CLASS_ID]},
+    name={"enum": OUTPUTS},
     parameters=or_null(
         "object",
         properties={
@@ -119,7 +120,7 @@ INFER_REQUEST = fields(
     "inputs",
     id=or_null("string", maxLength=MAX_ID),
     inputs=array({"oneOf": [_IMAGES, _IMAGE_BYTES]}, minItems=1, maxItems=1),
-    outputs={"type": ["array", "null"], "items": _REQUESTED_OUTPUT, "maxItems": 2, "description": "Default: all."},
+    outputs={"type": ["array", "null"], "items": _REQUESTED_OUTPUT, "maxItems": len(OUTPUTS), "description": "Default: all."},
     parameters=or_null(
         "object",
         properties={
@@ -137,14 +138,14 @@ INFER_REPLY = fields(
     outputs=array(
         fields(
             "name datatype shape",
-            name={"enum": [PROBABILITIES, CLASS_ID]},
+            name={"enum": OUTPUTS},
             datatype={"enum": ["FP32", "INT64", "BYTES"]},
             shape=array(COUNT),
             data={"type": "array", "description": "Flat. Absent from an output that comes as bytes."},
             parameters={"type": "object", "properties": {"binary_data_size": COUNT}},
         ),
         minItems=1,
-        maxItems=2,
+        maxItems=len(OUTPUTS),
     ),
 )
 

@@ -88,6 +88,8 @@ def zoo(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     save("renamed", Header(header.architecture, (*LABELS[:9], "lorry"), ""), load_checkpoint(checkpoint))
     few = Architecture(width=4, num_classes=9, height=32, input_width=32)
     save("few", Header(few, LABELS[:9], ""), Mixture(few))
+    voting = Architecture(width=4, num_classes=10, height=32, input_width=32, aggregation="vote")
+    save("voting", Header(voting, LABELS, ""), Mixture(voting))
     damaged = bytearray(checkpoint.read_bytes())
     damaged[-1000] ^= 1
     zoo.bad["damaged"] = folder / "damaged.safetensors"
@@ -290,6 +292,7 @@ REFUSALS = {
     "small": (409, "its input size is 16 x 24 pixels, that of the model in use is 32 x 32"),
     "renamed": (409, "its class 9 is called 'lorry', in the model in use 'truck'"),
     "few": (409, "it has 9 classes, the model in use 10"),
+    "voting": (409, "its experts vote, 9 of them, those of the model in use are weighed by a gate"),
 }
 
 

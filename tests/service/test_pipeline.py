@@ -109,6 +109,7 @@ def pipeline_of(scheduler: OneTicket, pool: ThreadPoolExecutor, anonymous_is_hid
         labels=("ant", "bee"),
         deadline_s=60,
         metrics=Metrics(),
+        voters=0,
     )
 
 

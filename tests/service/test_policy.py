@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.classify import predictions_of
-from service.policy import Policy, bend
+from service.policy import Policy, bend, hide_votes
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
 
@@ -156,7 +156,78 @@ def test_rounded_scores_are_their_own_answer(exact: np.ndarray, decimals: int, t
         (Policy("suspect", 1), Policy("anonymous", 2, 3), False),
         (Policy("suspect", 1, 3), Policy("anonymous", 2), True),
         (Policy("suspect", 1, 3), Policy("anonymous", 2, reverse_sigmoid=0.5), False),
+        (Policy("suspect", 1, certificate=True), Policy("anonymous", 2), False),
+        (Policy("suspect", 1, certificate=True), Policy("trusted", 2, certificate=True), True),
+        (Policy("suspect", 1, label_only=True, certificate=True), Policy("anonymous", 2), True),
     ],
 )
 def test_a_policy_that_shows_more_is_not_as_strict(suspect: Policy, other: Policy, is_strict: bool) -> None:
     assert suspect.is_as_strict_as(other) is is_strict
+
+
+# --- votes: experts that answer with probabilities, and what a policy lets out of what they came to
+
+VOTERS = 5
+
+
+def vote_of(experts: np.ndarray) -> np.ndarray:
+    """Return what experts' probabilities ``(N, E, C)`` come to, as docs/training.md defines it."""
+    votes = np.array([np.bincount(row, minlength=len(LABELS)) for row in experts.argmax(axis=2)])
+    return ((votes + experts.mean(axis=1)) / (VOTERS + 1)).astype(np.float32)
+
+
+def two_ways_to_one_mean() -> np.ndarray:
+    """Return experts whose means are the same and who elect the same class, once with three votes and once with all."""
+    narrow = [[0.55, 0.45], [0.55, 0.45], [0.55, 0.45], [0.45, 0.55], [0.45, 0.55]]
+    wide = [[0.51, 0.49]] * 5
+    experts = np.zeros((2, VOTERS, len(LABELS)))
+    experts[:, :, :2] = [narrow, wide]
+    return experts
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy("anonymous", 6),
+        Policy("anonymous", 2, top_n=1),
+        Policy("anonymous", 6, reverse_sigmoid=0.7),
+        Policy("anonymous", 6, label_only=True, certificate=True),
+    ],
+)
+def test_a_policy_without_certificates_tells_nothing_of_how_the_votes_were_split(policy: Policy) -> None:
+    exact = vote_of(two_ways_to_one_mean())
+    assert np.abs(exact[0] - exact[1]).max() > 0.3
+    first, second = predictions_of(policy.protect(exact, VOTERS), LABELS)
+    assert "certificate" not in first
+    assert first["label"] == second["label"] == "ant"
+    for one, other in zip(first.get("scores", {}).values(), second.get("scores", {}).values(), strict=True):
+        assert one == pytest.approx(other, abs=2e-6)  # what float32 leaves of the mean
+
+
+def test_a_policy_with_certificates_shows_the_votes_and_what_they_tolerate() -> None:
+    exact = vote_of(two_ways_to_one_mean())
+    policy = Policy("trusted", 6, certificate=True)
+    protected = policy.protect(exact, VOTERS)
+    assert protected.scores is not None
+    assert np.abs(protected.scores - exact).max() < 1e-6
+    narrow, wide = predictions_of(protected, LABELS)
+    assert narrow["certificate"] == {"tolerated_partitions": 0}  # three to two
+    assert wide["certificate"] == {"tolerated_partitions": 2}  # five to none
+    assert policy.protect(exact).tolerated is None  # of a mixture with a gate
+
+
+@given(
+    st.lists(st.lists(st.lists(st.floats(0.001, 1), min_size=6, max_size=6), min_size=5, max_size=5), min_size=1, max_size=3)
+)
+@settings(max_examples=100, deadline=None)
+def test_scores_without_votes_are_the_means_with_the_answer_on_top(weights: list[list[list[float]]]) -> None:
+    experts = np.array(weights)
+    experts /= experts.sum(axis=2, keepdims=True)
+    exact = vote_of(experts)
+    best = exact.argmax(axis=1)
+    scores = hide_votes(exact.astype(np.float64), best, VOTERS)
+    assert (scores[np.arange(len(best)), best] >= scores.max(axis=1)).all()
+    assert np.abs(scores.sum(axis=1) - 1).max() < 1e-9
+    means = experts.mean(axis=1)
+    agreed = means.argmax(axis=1) == best
+    assert np.abs(scores - means)[agreed].max(initial=0) < 1e-5

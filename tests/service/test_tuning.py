@@ -88,6 +88,25 @@ def test_an_execution_agrees_if_probabilities_and_clear_labels_do() -> None:
     assert not far.holds("openvino-int8-x3")
 
 
+def test_an_execution_of_a_vote_agrees_if_the_means_do_and_few_votes_differ() -> None:
+    def told(votes: list[int], mean: list[float]) -> list[float]:
+        return [(count + share) / 10 for count, share in zip(votes, mean, strict=True)]
+
+    reference = np.array([told([6, 3], [0.55, 0.45])] * 20, np.float32)
+    flipped = reference.copy()
+    flipped[0] = told([5, 4], [0.52, 0.48])  # one open vote of 180, which moves the answer by 0.1
+    agreement = Agreement.between("loop-bfloat16", flipped, reference, voters=9)
+    assert agreement.largest == pytest.approx(0.03, abs=1e-5)
+    assert agreement.votes_differ == pytest.approx(1 / 180)
+    assert agreement.holds("loop-bfloat16")
+    assert not agreement.holds("loop-float32")
+    assert Agreement.between("loop-float32", reference, reference, voters=9).holds("loop-float32")
+    means_only = np.array([told([0, 0], [0.55, 0.45])] * 20, np.float32)  # an execution that forgets to count
+    assert not Agreement.between("loop-bfloat16", means_only, reference, voters=9).holds("loop-bfloat16")
+    away = np.array([told([6, 3], [0.7, 0.3])] * 20, np.float32)
+    assert not Agreement.between("loop-bfloat16", away, reference, voters=9).holds("loop-bfloat16")
+
+
 def test_int8_may_lose_three_tenths_of_a_point_and_no_more() -> None:
     def judged(clean: float, attacked: float) -> Judgement:
         return Judgement(1000, {"clean": {"float32": 75, "int8": clean}, "attacked": {"float32": 43, "int8": attacked}})
