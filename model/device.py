@@ -24,10 +24,11 @@ _DRIVER_FILES = tuple(map(Path, ("/dev/nvidiactl", "/proc/driver/nvidia/version"
 def choose_device(name: str) -> str:
     """Return ``cpu``, ``cuda`` or ``cuda:N`` for what a setting says; raises ``ValueError`` when this machine lacks it.
 
-    ``auto`` means a GPU if there is one; torch is asked only if a driver's file says that there may be one.
+    ``auto`` means a GPU if there is one; torch is asked only if a driver's file says that there may be one. Without torch, as
+    in the image for CPUs, there is none that could be used.
     """
     if name == "auto":
-        if not any(path.exists() for path in _DRIVER_FILES):
+        if not any(path.exists() for path in _DRIVER_FILES) or not has_torch():
             return "cpu"
         import torch
 
@@ -36,6 +37,8 @@ def choose_device(name: str) -> str:
     if not found:
         raise ValueError(f"device={name}: use auto, cpu, cuda or cuda:N")
     if name != "cpu":
+        if not has_torch():
+            raise ValueError(f"device={name}: torch is not installed, as in the image for CPUs; take the one for CUDA")
         import torch
 
         if int(found[1] or 0) >= torch.cuda.device_count():
@@ -60,6 +63,11 @@ def cores() -> int:
 def has_openvino() -> bool:
     """Tell whether OpenVINO is installed (extra ``cpu``)."""
     return find_spec("openvino") is not None
+
+
+def has_torch() -> bool:
+    """Tell whether torch is installed; on a CPU OpenVINO does without."""
+    return find_spec("torch") is not None
 
 
 def available(device: str, num_experts: int = 9, top_k: int | None = None) -> list[str]:

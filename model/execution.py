@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.checkpoint import Header, read_header, read_weights
-from model.device import available, choose_device, cores
+from model.device import available, choose_device, cores, has_torch
 from model.plan import ExecutionName, Plan, default_plan
 from model.tuned import Identity, Tuning, artefact, default_folder, find
 
@@ -285,6 +285,11 @@ def _make_torch(
     max_batch_size: int,
     files: Mapping[str, Path],
 ) -> dict[str, Execution]:
+    if not has_torch():
+        raise ValueError(
+            f"{', '.join(names)}: torch is not installed, as in the image for CPUs, where OpenVINO runs what the processor "
+            "multiplies natively; take precision=auto or float32"
+        )
     import torch
 
     from model.checkpoint import load_checkpoint

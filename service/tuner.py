@@ -15,7 +15,7 @@ import numpy as np
 
 from model import tuned
 from model.checkpoint import read_header
-from model.device import STACKS, processor
+from model.device import STACKS, has_torch, processor
 from model.execution import NO_INT8_VOTE, ExecutionName, available, check_top_k, choose_device
 from model.tuned import Identity, Tuning, artefact
 from service.replay import Replay, read_replay
@@ -43,6 +43,8 @@ class Tuner:
     """
 
     def __init__(self, options: argparse.Namespace, settings: Settings) -> None:
+        if not has_torch():
+            raise ValueError("torch is not installed, as in the image for CPUs, and tuning compares with its answers")
         self._options = options
         self._checkpoint: str = options.checkpoint or settings.checkpoint
         self._header = read_header(self._checkpoint)

@@ -46,6 +46,14 @@ def test_auto_asks_torch_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch
     assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_without_torch_a_gpu_is_not_used_and_not_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "_DRIVER_FILES", (tmp_path,))
+    monkeypatch.setattr(device, "has_torch", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match=r"device=cuda:1: torch is not installed"):
+        choose_device("cuda:1")
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps", ""])
 def test_what_names_no_device_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"device={name}: use auto, cpu, cuda or cuda:N"):

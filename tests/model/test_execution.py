@@ -240,3 +240,13 @@ def test_top_k_is_refused_where_the_experts_vote(ballot: Path, folder: Path) -> 
     with pytest.raises(ValueError, match="top_k=2: the checkpoint's 3 experts vote, and every one has its say"):
         load_fast_path(ballot, "cpu", top_k=2, tuned=folder)
     assert check_top_k(read_header(ballot), 3) is None
+
+
+def test_where_torch_is_missing_what_needs_it_says_so_and_the_rest_runs(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.execution.has_torch", lambda: False)
+    with pytest.raises(ValueError, match=r"loop-float32: torch is not installed.* take precision=auto or float32"):
+        make_executions(["loop-float32"], checkpoint, "cpu")
+    for precision in ("auto", "float32"):
+        assert "openvino" in load_fast_path(checkpoint, "cpu", precision, tuned=folder).description

@@ -214,3 +214,9 @@ def test_an_execution_that_cannot_be_made_says_why_and_leaves_nothing_running(ch
         watch._process.kill()
         with pytest.raises(ExecutionFailedError, match="openvino-float32-x1: its process ended: status -9"):
             watch.rate(1, 0.01)
+
+
+def test_tuning_without_torch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("service.tuner.has_torch", lambda: False)
+    assert main(["tune"]) == 1
+    assert "torch is not installed, as in the image for CPUs" in capsys.readouterr().err
