@@ -11,12 +11,13 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from service.client.key import API_KEY
 from service.commands.usage import add_command
 
 if TYPE_CHECKING:  # a command's own imports are its own to wait for: `--help` answers at once
+    from types import FrameType
     from wsgiref.simple_server import WSGIServer
 
     from service.metrics import Metrics
@@ -51,6 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     from service.settings import read_settings
 
     del options
+    # Until the server takes signals over: as process 1 of a container nothing else would end this one.
+    signal.signal(signal.SIGTERM, _leave)
     settings = read_settings()
     if settings is None:
         return 2
@@ -69,6 +72,13 @@ def _run(options: argparse.Namespace) -> int:
     ) as error:  # RuntimeError: no memory on the device, say
         print(f"palisade-serve: {error}", file=sys.stderr)
         return 1
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End cleanly: no request has been accepted yet."""
+    del frame
+    log.info("%s before the service was ready", signal.Signals(number).name)
+    sys.exit(0)
 
 
 def _run_one(settings: Settings) -> int:

@@ -173,6 +173,21 @@ def test_every_request_that_was_accepted_before_sigterm_is_answered(checkpoint: 
     assert [line for line in server.log_lines() if line["level"] in ("error", "critical")] == []
 
 
+def test_sigterm_before_the_service_is_ready_ends_it_cleanly() -> None:
+    """As process 1 of a container it would outlive a signal that it does not handle."""
+    code = """
+import os, signal, sys
+import service.keys
+from service.cli import main
+service.keys.read_keys = lambda path: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main(["run"]))
+"""
+    environment = {**os.environ, "PALISADE_KEYS_FILE": "keys.json", "PALISADE_PORT": "0", "PALISADE_METRICS_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == ["SIGTERM before the service was ready"]
+
+
 NOT_FOR_SERVING = ("training", "matplotlib", "scipy", "pandas", "tqdm", "hypothesis", "pytest", "httpx", "rich")
 
 
