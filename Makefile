@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 DATA ?= cifar10
+# Of the image: cpu or cuda.
+VARIANT ?= cpu
 # Test files that run side by side.
 JOBS ?= 2
 # How the embedded checkpoint was made: two joint epochs, then half of one and four more, each from the result of the one before.
@@ -66,6 +68,15 @@ runtime-check: setup ## install only what the service needs, elsewhere, and clas
 	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir build/dist .
 	$(BIN)/uv pip install --quiet --python build/runtime/bin/python --no-deps --reinstall build/dist/palisade-*.whl
 	cd build && runtime/bin/python ../tests/runtime_check.py
+
+.PHONY: image
+image: ## build the service's image, palisade:latest; VARIANT=cuda for NVIDIA GPUs, palisade:latest-cuda
+	DOCKER_BUILDKIT=1 docker build --file docker/service.Dockerfile --build-arg VARIANT=$(VARIANT) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag palisade:latest$(if $(filter cuda,$(VARIANT)),-cuda) .
+
+.PHONY: image-check
+image-check: setup ## as root: build the image with a Docker daemon of its own, and use it as an operator would
+	docker/check.sh
 
 .PHONY: clients
 clients: setup ## install kserve's client, whose pins fit nothing else, into an environment of its own; its test skips without
