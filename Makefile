@@ -78,6 +78,18 @@ image: ## build the service's image, palisade:latest; VARIANT=cuda for NVIDIA GP
 image-check: setup ## as root: build the image with a Docker daemon of its own, and use it as an operator would
 	docker/check.sh
 
+.PHONY: up
+up: docker/.env ## start the service with Redis, Prometheus and Grafana; their passwords go to docker/.env
+	docker compose --file docker/compose.yaml up --build --detach --wait
+
+.PHONY: down
+down: docker/.env ## stop what `make up` started; its data stays
+	docker compose --file docker/compose.yaml down
+
+docker/.env:
+	umask 077 && for name in REDIS_PASSWORD LIMITER_SECRET GRAFANA_PASSWORD; do \
+		echo "$$name=$$($(PYTHON) -c 'import secrets; print(secrets.token_hex(32))')"; done > $@
+
 .PHONY: clients
 clients: setup ## install kserve's client, whose pins fit nothing else, into an environment of its own; its test skips without
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/clients
