@@ -184,9 +184,7 @@ def cutmix(
     device = _device(generator, images, labels)
     batch, _, height, width = images.shape
     order = torch.randperm(batch, generator=generator, device=device)
-    # Torch draws no Beta from a generator, NumPy does; reading its seed off a GPU is one short wait per batch.
-    seed = int(torch.randint(0, 2**63 - 1, (), generator=generator, device=device))
-    box = np.random.default_rng(seed)
+    box = _numpy(generator)
     side = math.sqrt(1 - box.beta(alpha, alpha))  # of the box, relative to the image's
     top, bottom = _edges(height, side * height, box.uniform(0, height))
     left, right = _edges(width, side * width, box.uniform(0, width))
@@ -195,6 +193,40 @@ def cutmix(
     pasted = (bottom - top) * (right - left) / (height * width)
     targets = F.one_hot(labels, num_classes).float()  # (B, C)
     return mixed, (1 - pasted) * targets + pasted * targets[order]
+
+
+def mixup(
+    images: torch.Tensor, labels: torch.Tensor, num_classes: int, alpha: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend every image with its partner in the batch, and their labels alike.
+
+    Source: Zhang et al. 2018, "mixup: beyond empirical risk minimization", section 2, with one weight per batch, drawn from
+    ``Beta(alpha, alpha)``, as in the authors' code. Blended pixels are rounded to whole levels. Partners are a random
+    permutation; an image can be its own partner.
+
+    Args:
+        images: ``(B, 3, H, W)``, uint8.
+        labels: Classes ``(B,)``, int64, on the images' device.
+        num_classes: ``C``.
+        alpha: Above 0. 1 draws weights evenly, less prefers those near 0 and 1, where images stay nearly as they were.
+        generator: Source of the randomness, on the images' device.
+
+    Returns:
+        Images ``(B, 3, H, W)``, uint8, and targets ``(B, C)``, float32, whose rows sum to 1.
+
+    Raises:
+        ValueError: ``alpha`` is not above 0.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha must be above 0, not {alpha}: leave mixup out to turn it off")
+    device = _device(generator, images, labels)
+    order = torch.randperm(len(images), generator=generator, device=device)
+    kept = _numpy(generator).beta(alpha, alpha)
+    floats = images.float()
+    blended = (kept * floats + (1 - kept) * floats[order]).round()
+    targets = F.one_hot(labels, num_classes).float()  # (B, C)
+    mixed = blended.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    return mixed, kept * targets + (1 - kept) * targets[order]
 
 
 def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -210,6 +242,12 @@ def _device(generator: torch.Generator, *batch: torch.Tensor) -> torch.device:
         if tensor.device.type != home.type or home.index not in (None, tensor.device.index):
             raise ValueError(f"a batch on {tensor.device} can't be augmented by a generator on {home}: move one of them")
     return batch[0].device
+
+
+def _numpy(generator: torch.Generator) -> np.random.Generator:
+    """Return NumPy's generator, which draws the Beta that torch draws from no generator, seeded from torch's."""
+    # Reading the seed off a GPU is one short wait per batch.
+    return np.random.default_rng(int(torch.randint(0, 2**63 - 1, (), generator=generator, device=generator.device)))
 
 
 def _take(images: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:

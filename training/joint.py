@@ -66,15 +66,19 @@ class JointTask(Task):
             # One pass over both keeps batch-norm statistics those of the joined batch.
             gate, experts = self.mixture.components(torch.cat([attacked, clean[:clean_count]]))  # (B + n, E), (B + n, E, C)
         log_probs = self.mix(gate, experts)  # (B + n, C)
-        terms = {"adversarial": mixture_cross_entropy(log_probs[:batch], targets, smoothing)}
-        if clean_count:
-            terms["clean"] = mixture_cross_entropy(log_probs[batch:], targets[:clean_count], smoothing)
+        kept = self.kept(log_probs[:batch], targets)
+        kept_clean = kept[kept < clean_count] if isinstance(kept, torch.Tensor) else slice(clean_count)
+        aims = targets[kept]  # (K,) or (K, C)
+        terms = {"adversarial": mixture_cross_entropy(log_probs[:batch][kept], aims, smoothing)}
+        on_clean = log_probs[batch:][kept_clean]  # (n', C), empty if trimming left none of them
+        if len(on_clean):
+            terms["clean"] = mixture_cross_entropy(on_clean, targets[kept_clean], smoothing)
         if weights.experts:
-            terms["experts"] = expert_cross_entropy(experts[:batch], targets, smoothing)
+            terms["experts"] = expert_cross_entropy(experts[:batch][kept], aims, smoothing)
         if weights.balance:
-            terms["balance"] = load_balance(gate)
+            terms["balance"] = load_balance(torch.cat([gate[:batch][kept], gate[batch:][kept_clean]]))
         if weights.diversity:
-            terms["diversity"] = -expert_diversity(experts[:batch], targets)
+            terms["diversity"] = -expert_diversity(experts[:batch][kept], aims)
         total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
         values = {name: term.detach() for name, term in terms.items()}
         return total, {**values, "gate": gate[:batch].detach().exp().mean(dim=0)}

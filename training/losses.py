@@ -32,6 +32,25 @@ def mixture_cross_entropy(log_probs: torch.Tensor, targets: torch.Tensor, smooth
     return likelihood if smoothing == 0 else (1 - smoothing) * likelihood - smoothing * log_probs.mean()
 
 
+def without_highest(log_probs: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the positions ``(K,)``, ascending, of a batch's samples but for ``share`` of them, those of the highest loss.
+
+    Loss trimming: what a network that still learns finds hardest is most often mislabelled. Source: Shen and Sanghavi 2019,
+    "Learning with bad training data via iterative trimmed loss minimization", algorithm 1, done within every batch (as Han et
+    al. 2018, "Co-teaching", algorithm 1, does between two networks).
+
+    Args:
+        log_probs: ``(B, C)``.
+        targets: As for :func:`mixture_cross_entropy`.
+        share: In ``[0, 1)``; rounded down to whole samples, so at least one stays.
+    """
+    with torch.no_grad():
+        soft = targets.is_floating_point()
+        losses = -(targets * log_probs).sum(dim=1) if soft else F.nll_loss(log_probs, targets, reduction="none")  # (B,)
+    kept = len(losses) - math.floor(share * len(losses))
+    return losses.topk(kept, largest=False).indices.sort().values
+
+
 def expert_cross_entropy(log_probs: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Return the mean over experts of their own cross-entropies.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,8 @@ from training.data import Dataset, Split
 from training.joint import JOINT, joint_settings, joint_stage
 from training.parts import join, split
 from training.plots import plot_run
-from training.pretrain import expert_name, expert_schedule, expert_settings, expert_stage
-from training.progress import finished, slim
+from training.pretrain import expert_bag, expert_name, expert_schedule, expert_settings, expert_stage
+from training.progress import finished, fits, slim
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
 from training.stage import Stage, run_stage, total_steps
@@ -54,7 +53,7 @@ class Run:
         """Train the recipe's experts (all, or those given) one after the other."""
         self._write_config()
         for index in range(len(self._recipe.experts)) if experts is None else experts:
-            self._run(self._expert_stage(index))
+            self._run(self._expert_stage(index), self._bag(index))
         self._plot()
 
     def joint(self) -> None:
@@ -64,7 +63,7 @@ class Run:
             ValueError: There is nothing to start from, or it does not fit the recipe.
         """
         self._write_config()
-        self._run(self._joint_stage())
+        self._run(self._joint_stage(), self._train)
         self._plot()
 
     def export(self, out: Path) -> Header:
@@ -127,7 +126,7 @@ class Run:
     def stages(self) -> Iterator[tuple[Stage, Split]]:
         """Yield what :meth:`train` would run, untrained, each with the data that it would see."""
         for index in range(len(self._recipe.experts)) if self._init is None else ():
-            yield self._expert_stage(index), self._train
+            yield self._expert_stage(index), self._bag(index)
         yield self._joint_stage(trained=False), self._train
 
     def _expert_stage(self, index: int) -> Stage:
@@ -137,8 +136,18 @@ class Run:
         mixture = self._start() if trained else Mixture(self._recipe.architecture)
         return joint_stage(mixture, self._recipe, self.dataset, self.worker.device, self._seed, self._went_on_from)
 
-    def _run(self, stage: Stage) -> None:
-        run_stage(stage, self._train, self._folder, self.worker)
+    @cached_property
+    def _digests(self) -> list[str]:
+        return self._train.digests()
+
+    def _bag(self, index: int) -> Split:
+        """Return what expert ``index`` sees of the training images."""
+        if not self._recipe.bag:
+            return self._train
+        return self._train.take(expert_bag(index, self._recipe, self._digests, self._seed))
+
+    def _run(self, stage: Stage, data: Split) -> None:
+        run_stage(stage, data, self._folder, self.worker)
 
     def _start(self) -> Mixture:
         """Return what joint training starts from."""
@@ -156,7 +165,7 @@ class Run:
         mixture = Mixture(self._recipe.architecture)
         for index, expert in enumerate(mixture.experts):
             settings = expert_settings(index, self._recipe, self.dataset, self._seed)
-            steps = total_steps(expert_schedule(index, self._recipe), len(self._train))
+            steps = total_steps(expert_schedule(index, self._recipe), len(self._bag(index)))
             tensors = finished(self._folder, expert_name(index), settings, steps, "pretrain")
             expert.load_state_dict({key.removeprefix("ema/expert."): value for key, value in tensors.items()})
         return mixture
@@ -180,7 +189,7 @@ class Run:
                     continue
                 join(manifest, state)
                 saved = self._folder.load(name)
-                if saved is None or saved[1]["settings"] != json.loads(json.dumps(settings)):
+                if saved is None or not fits(saved[1]["settings"], settings):
                     state.unlink()
                     raise ValueError(f"{parts} holds {name} trained with other settings: choose another --parts folder")
         self.worker.wait()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -15,23 +16,48 @@ from training.worker import Worker
 TIMED_STEPS = 3
 
 
-def plan(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> str:
-    """Return a table of the stages, given with their training images: steps, seconds per step, minutes, and the peak of memory.
+class Cost(NamedTuple):
+    """What a stage takes.
+
+    Attributes:
+        name: The stage's.
+        steps: How many.
+        seconds: Of a step.
+        memory: The highest in use, in MiB.
+    """
+
+    name: str
+    steps: int
+    seconds: float
+    memory: float
+
+    @property
+    def minutes(self) -> float:
+        """Of the whole stage, judging on held-out images not counted."""
+        return self.seconds * self.steps / 60
+
+
+def costs(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> Iterator[Cost]:
+    """Yield what each stage takes on the data that stand beside it.
 
     Experts of one family with one schedule cost the same, so only the first of them is tried.
     """
     measured: dict[str, tuple[float, float]] = {}
-    lines = ["| stage | steps | s/step | minutes | memory, MiB |", "|---|---|---|---|---|"]
-    total = 0.0
     for stage, data in stages:
         trainer = Trainer(stage, data, worker)
         kind = repr((stage.settings.get("expert", stage.name), stage.settings.get("schedule")))
         if kind not in measured:
             measured[kind] = _try(trainer, worker)
-        seconds, memory = measured[kind]
-        minutes = seconds * trainer.steps / 60
-        total += minutes
-        lines.append(f"| {stage.name} | {trainer.steps} | {seconds:.3f} | {minutes:.1f} | {memory:.0f} |")
+        yield Cost(stage.name, trainer.steps, *measured[kind])
+
+
+def plan(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> str:
+    """Return a table of :func:`costs`."""
+    lines = ["| stage | steps | s/step | minutes | memory, MiB |", "|---|---|---|---|---|"]
+    total = 0.0
+    for cost in costs(stages, worker):
+        total += cost.minutes
+        lines.append(f"| {cost.name} | {cost.steps} | {cost.seconds:.3f} | {cost.minutes:.1f} | {cost.memory:.0f} |")
     lines.append(f"| all | | | {total:.1f} | |")
     where = "of the GPU" if worker.device.type == "cuda" else "of the process"
     lines.append(

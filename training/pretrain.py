@@ -5,6 +5,8 @@ Source: arXiv 2512.20821, pre-training: one benign expert, four of the FGSM fami
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -53,8 +55,8 @@ class ExpertTask(Task):
 
     def __init__(self, network: Alone, own: ExpertRecipe, schedule: Schedule, holdout: Split, device: torch.device) -> None:
         super().__init__(network, schedule, holdout, device)
-        if own.loss == "mart" and (schedule.cutmix or schedule.label_smoothing):
-            raise ValueError("MART needs plain classes: set cutmix and label_smoothing to 0")
+        if own.loss == "mart" and (schedule.cutmix or schedule.mixup or schedule.label_smoothing):
+            raise ValueError("MART needs plain classes: set cutmix, mixup and label_smoothing to 0")
         self.own = own
 
     def attack(
@@ -75,8 +77,12 @@ class ExpertTask(Task):
         own, smoothing = self.own, self.schedule.label_smoothing
         with self.autocast():
             if own.loss == "cross_entropy":
-                return mixture_cross_entropy(self.network(attacked), targets, smoothing), {}
+                log_probs = self.network(attacked)
+                kept = self.kept(log_probs, targets)
+                return mixture_cross_entropy(log_probs[kept], targets[kept], smoothing), {}
             on_attacked, on_clean = self.network(torch.cat([attacked, clean])).chunk(2)
+            kept = self.kept(on_clean, targets)
+            on_attacked, on_clean, targets = on_attacked[kept], on_clean[kept], targets[kept]
             if own.loss == "trades":
                 return trades(on_clean, on_attacked, targets, own.beta, smoothing), {}
             return mart(on_clean, on_attacked, targets, own.beta), {}
@@ -115,8 +121,29 @@ def expert_settings(index: int, recipe: Recipe, dataset: Dataset, seed: int) -> 
         "data_sha256": dataset.digest,
         "holdout": recipe.holdout,
         "validation_images": recipe.validation_images,
+        "bag": recipe.bag,
         "seed": seed,
     }
+
+
+def expert_bag(index: int, recipe: Recipe, digests: Sequence[str], seed: int) -> torch.Tensor:
+    """Return the positions ``(K,)``, ascending, of the training samples that expert ``index`` sees.
+
+    Whether a sample is among them follows from its pixels, the seed and the expert alone, with the probability
+    ``recipe.bag``: changing or adding other samples moves none in or out, and copies of an image share its lot. After bagging
+    (Breiman 1996), without replacement.
+
+    Args:
+        index: Which of the recipe's experts, from 0.
+        recipe: The recipe.
+        digests: Every sample's pixel digest, as :meth:`training.data.Split.digests` gives them.
+        seed: The run's seed.
+    """
+    if not recipe.bag:
+        return torch.arange(len(digests))
+    below = recipe.bag * 2**64
+    drawn = (hashlib.sha256(f"{seed} {index} {digest}".encode()).digest()[:8] for digest in digests)
+    return torch.tensor([int.from_bytes(draw) < below for draw in drawn]).nonzero().squeeze(1)
 
 
 def expert_stage(index: int, recipe: Recipe, dataset: Dataset, device: torch.device, seed: int) -> Stage:

@@ -142,8 +142,21 @@ def finished(folder: RunFolder, stage: str, settings: dict[str, Any], steps: int
 
 def check_settings(folder: RunFolder, stage: str, counters: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ``ValueError`` if a saved state was trained with other settings."""
-    if counters["settings"] != json.loads(json.dumps(settings)):
+    if not fits(counters["settings"], settings):
         raise ValueError(
             f"{folder.path}: {stage} was trained with other settings: "
             "give its recipe, --set, --data and --seed, or choose a new --run folder"
         )
+
+
+def fits(saved: Any, settings: Any) -> bool:
+    """Tell whether saved settings are these, as JSON values.
+
+    A state that was saved before there was an option lacks it, and fits as long as the option is off: zero, false or nothing.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if not isinstance(saved, dict) or not isinstance(wanted, dict):
+        return bool(saved == wanted)
+    return saved.keys() <= wanted.keys() and all(
+        fits(saved[key], value) if key in saved else not value for key, value in wanted.items()
+    )

@@ -80,6 +80,9 @@ class Schedule:
         optimiser: ``muon`` for the kernels and SGD for the rest, or ``sgd`` for everything.
         augmentation: ``crop`` (and flip), or ``idbh``, which is stronger.
         cutmix: CutMix's ``alpha``; 0 turns it off.
+        mixup: Mixup's ``alpha``; 0 turns it off. Not together with ``cutmix``.
+        trim: Share of each batch (of each worker's part of it, in whole samples) that gets no gradient: the samples with the
+            highest loss, once the share :data:`training.stage.TRIM_FROM` of the steps is done; 0 turns it off.
         weight_perturbation: Size ``gamma`` of adversarial weight perturbation (AWP); 0 turns it off (and saves a pass).
         hold_statistics: Hold batch-norm statistics while attacking, that is attack the network in eval mode.
         accumulate: Parts in which each worker takes its share of a batch, to save memory.
@@ -99,6 +102,8 @@ class Schedule:
     optimiser: Literal["muon", "sgd"] = "muon"
     augmentation: Literal["crop", "idbh"] = "crop"
     cutmix: float = 0.0
+    mixup: float = 0.0
+    trim: float = 0.0
     weight_perturbation: float = 0.0
     hold_statistics: bool = True
     accumulate: int = 1
@@ -113,6 +118,12 @@ class Schedule:
             raise ValueError(
                 "swa_from must lie in [0, 1], cutmix and weight_perturbation must not be negative; they are "
                 f"{self.swa_from}, {self.cutmix} and {self.weight_perturbation}"
+            )
+        if self.mixup < 0 or not 0 <= self.trim < 1:
+            raise ValueError(f"mixup must not be negative and trim must lie in [0, 1); they are {self.mixup} and {self.trim}")
+        if self.mixup and self.cutmix:
+            raise ValueError(
+                f"cutmix {self.cutmix} and mixup {self.mixup} both mix the images of a batch: set one of them to 0"
             )
 
 
@@ -159,6 +170,7 @@ class Recipe:
         joint_epsilons: Radii that the joint attack draws from for every batch.
         joint_steps: Steps of the joint attack; 0 means N-FGSM.
         gate_temperature: Divides the gate's logits in joint training; below 1 the gate sharpens faster.
+        bag: Share of the training images that each expert sees before joint training, drawn for it alone; 0 means all.
         holdout: Training images that are kept aside for model selection.
         validation_images: How many of those an epoch's end is judged on.
     """
@@ -173,6 +185,7 @@ class Recipe:
     joint_epsilons: tuple[float, ...] = (8 / 255,)
     joint_steps: int = 0
     gate_temperature: float = 1.0
+    bag: float = 0.0
     holdout: int = 1000
     validation_images: int = 256
 
@@ -189,6 +202,8 @@ class Recipe:
             raise ValueError(f"the architecture has {self.architecture.num_experts} experts, the line-up {len(self.experts)}")
         if self.gate_temperature <= 0:
             raise ValueError(f"gate_temperature must be above 0, not {self.gate_temperature}")
+        if not 0 <= self.bag <= 1:
+            raise ValueError(f"bag is a share of the training images, from 0 to 1, not {self.bag}")
         fitted = replace(self.architecture, num_classes=num_classes, height=height, input_width=width)
         return replace(self, architecture=fitted)
 

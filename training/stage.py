@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from training.augmentation import crop_and_flip, cutmix, idbh, to_float
+from training.augmentation import crop_and_flip, cutmix, idbh, mixup, to_float
 from training.data import Split
 from training.progress import Progress
 from training.recipe import Schedule
@@ -24,6 +24,8 @@ from training.worker import StopRequested, Worker
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
+TRIM_FROM = 0.3
+"""Share of the steps after which losses are trimmed: before, a high loss says more about the network than about the sample."""
 COLLAPSE = 0.6
 """An epoch whose held-out robust accuracy is below this share of the best so far counts as collapsed."""
 
@@ -153,6 +155,7 @@ class Trainer:
     def step(self, step: int) -> tuple[torch.Tensor, Terms]:
         """Take one step and return the loss and its terms, of this worker's last part of the batch."""
         images, targets = self._batch(step)
+        self._stage.task.trim = self._schedule.trim if step >= TRIM_FROM * self.steps else 0.0
         self._stage.task.train()
         parts = list(self._attacked(images, targets, step))
         loss, terms = self._gradients(parts)
@@ -185,6 +188,8 @@ class Trainer:
         targets = batch.labels
         if schedule.cutmix:
             images, targets = cutmix(images, targets, self._stage.num_classes, schedule.cutmix, generator)
+        elif schedule.mixup:
+            images, targets = mixup(images, targets, self._stage.num_classes, schedule.mixup, generator)
         return to_float(images, self._worker.device), targets
 
     def _attacked(

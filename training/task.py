@@ -11,6 +11,7 @@ from torch import nn
 
 from training.attack import frozen_statistics
 from training.data import Split
+from training.losses import without_highest
 from training.recipe import Schedule
 
 Terms = dict[str, torch.Tensor]
@@ -33,6 +34,8 @@ class Task(nn.Module, ABC):
         self.schedule = schedule
         self.holdout = holdout
         self.device = device
+        self.trim = 0.0
+        """Share of the batch that gets no gradient; the trainer sets it for every step."""
 
     @abstractmethod
     def attack(
@@ -58,6 +61,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def experts(self) -> list[nn.Module]:
         """Return what ``torch.compile`` may compile."""
+
+    def kept(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | slice:
+        """Return which samples of a batch get gradients, by answers ``(B, C)`` to it: all, or all but those trimmed."""
+        return without_highest(log_probs, targets, self.trim) if self.trim else slice(len(targets))
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run, in the schedule's precision."""

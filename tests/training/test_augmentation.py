@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as vision
 
-from training.augmentation import crop_and_flip, crop_shift, cutmix, erase, idbh, jitter, to_float
+from training.augmentation import crop_and_flip, crop_shift, cutmix, erase, idbh, jitter, mixup, to_float
 
 COUNT, HEIGHT, WIDTH = 300, 8, 12
 
@@ -26,7 +26,11 @@ def cutmix_images(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return cutmix(images, torch.zeros(len(images), dtype=torch.int64, device=images.device), 2, 1.0, generator)[0]
 
 
-ALL: list[Augmentation] = [crop_and_flip, crop_shift, erase, half_jitter, idbh, cutmix_images]
+def mixup_images(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return mixup(images, torch.zeros(len(images), dtype=torch.int64, device=images.device), 2, 1.0, generator)[0]
+
+
+ALL: list[Augmentation] = [crop_and_flip, crop_shift, erase, half_jitter, idbh, cutmix_images, mixup_images]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -231,9 +235,35 @@ def test_a_small_alpha_pastes_nothing_or_all_that_the_border_leaves() -> None:
     assert shares.max() > 0.7
 
 
-def test_no_alpha_is_refused() -> None:
+@pytest.mark.parametrize("mix", [cutmix, mixup])
+def test_no_alpha_is_refused(mix: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="alpha must be above 0, not 0"):
-        cutmix(noise(2), torch.arange(2), 2, 0, seeded(0))
+        mix(noise(2), torch.arange(2), 2, 0, seeded(0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixup_blends_pixels_and_labels_by_one_weight(seed: int) -> None:
+    images, labels = noise(8), torch.arange(8)
+    mixed, targets = mixup(images, labels, 10, 0.8, seeded(seed))
+    assert targets.shape == (8, 10)
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+    expected = torch.einsum("bc,cdhw->bdhw", targets[:, :8].double(), images.double())  # every class is one image
+    assert (mixed - expected).abs().max() < 0.51  # of a level, since results are whole levels
+    weights = {round(weight, 4) for weight in targets.flatten().tolist() if 0 < weight < 1}
+    assert len(weights) <= 2
+    assert not weights or sum(weights) == pytest.approx(1, abs=1e-3) or weights == {0.5}
+
+
+def test_alpha_decides_how_even_mixup_blends() -> None:
+    def shares(alpha: float) -> torch.Tensor:
+        targets = torch.stack([mixup(noise(8), torch.arange(8), 8, alpha, seeded(seed))[1] for seed in range(200)])
+        return targets.diagonal(dim1=1, dim2=2).amin(dim=1)  # what is left of the image itself; not all are their own partners
+
+    assert (shares(1000.0) - 0.5).abs().max() < 0.06
+    assert shares(1.0).mean() == pytest.approx(0.5, abs=0.06)  # uniform from 0 to 1, so the mean of 200 varies by 0.02
+    assert shares(1.0).std() == pytest.approx(12**-0.5, abs=0.04)
+    assert ((shares(0.01) < 0.01) | (shares(0.01) > 0.99)).float().mean() > 0.9
 
 
 def test_bytes_become_the_unit_interval() -> None:

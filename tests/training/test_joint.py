@@ -138,3 +138,30 @@ def test_a_gates_temperature_changes_how_it_learns_but_not_what_it_answers(mixtu
 def test_a_small_part_of_a_batch_keeps_a_clean_image(network: Mixture, recipe: Recipe, images: torch.Tensor) -> None:
     _, terms = step(network, replace(recipe, loss=replace(recipe.loss, clean_share=0.01)), images)
     assert "clean" in terms
+
+
+def test_a_trimmed_sample_moves_nothing_clean_or_attacked(network: Mixture, recipe: Recipe, images: torch.Tensor) -> None:
+    whole = replace(recipe, loss=JointLoss(clean_share=1.0), joint=replace(recipe.joint, precision="float32"))
+    task = JointTask(network, whole, Split((images * 255).to(torch.uint8), torch.arange(len(images)) % 5), CPU).eval()
+    task.trim = 0.4
+    attacked, clean = images[8:16].clone().requires_grad_(), images[:8].clone().requires_grad_()
+    total, terms = task(attacked, clean, labels())
+    total.backward()
+    losses = -network(attacked).detach()[torch.arange(8), labels()]
+    dropped = set(losses.argsort()[-3:].tolist())  # 3.2 samples: whole ones only
+    for given in (attacked, clean):
+        assert given.grad is not None
+        assert set((given.grad.flatten(1) == 0).all(dim=1).nonzero().flatten().tolist()) == dropped
+    assert terms["adversarial"].item() == pytest.approx(losses.sort().values[:5].mean().item(), rel=1e-4)
+
+
+def test_trimming_may_leave_no_clean_image(network: Mixture, recipe: Recipe, images: torch.Tensor) -> None:
+    task = JointTask(network, recipe, Split((images * 255).to(torch.uint8), torch.arange(len(images)) % 5), CPU).train()
+    task.trim = 0.9
+    seen = []
+    for shift in range(8):
+        total, terms = task(images[:8].roll(shift, 0), images[:8].roll(shift, 0), labels().roll(shift))
+        assert torch.isfinite(total)
+        seen.append("clean" in terms)
+    assert True in seen
+    assert False in seen

@@ -22,6 +22,7 @@ from training.losses import (
     mart,
     mixture_cross_entropy,
     trades,
+    without_highest,
 )
 
 PROBABILITIES = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
@@ -294,3 +295,14 @@ def train_a_gate(balance: float) -> float:
 def test_balancing_keeps_the_experts_in_use_where_the_gate_would_collapse_onto_one() -> None:
     assert train_a_gate(balance=0) < 0.1
     assert train_a_gate(balance=1) > 0.8  # of ln 3 = 1.1
+
+
+def test_trimming_leaves_out_the_samples_of_the_highest_loss() -> None:
+    first = torch.tensor([0.9, 0.2, 0.5, 0.05, 0.6])
+    log_probs, labels = torch.stack([first, 1 - first], dim=1).log(), torch.zeros(5, dtype=torch.int64)
+    assert without_highest(log_probs, labels, 0.4).tolist() == [0, 2, 4]  # 0.05 and 0.2 are the least likely
+    assert without_highest(log_probs, labels, 0.39).tolist() == [0, 1, 2, 4]  # 1.95 samples: whole ones only
+    assert without_highest(log_probs, labels, 0.1).tolist() == [0, 1, 2, 3, 4]
+    assert without_highest(log_probs, labels, 0.99).tolist() == [0]
+    swapped = torch.tensor([[0.0, 1.0]] * 5)
+    assert without_highest(log_probs, swapped, 0.4).tolist() == [1, 2, 3]

@@ -397,9 +397,30 @@ def test_a_date_will_do_as_a_seed(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert main(["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", "--seed", "20261122"]) == 0
 
 
-@pytest.mark.parametrize("setting", ["pretrain.cutmix=1.0", "pretrain.label_smoothing=0.1"])
+@pytest.mark.parametrize("setting", ["pretrain.cutmix=1.0", "pretrain.mixup=1.0", "pretrain.label_smoothing=0.1"])
 def test_mart_needs_plain_classes(tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "compact", with_loss(RECIPES["compact"], "mart"))
         arguments = ["pretrain", *tiny_run.arguments(tmp_path), "--experts", "1", "--set", setting]
         assert "MART needs plain classes" in refusal(capsys, arguments)
+
+
+def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_run.folder, tmp_path / "old")
+    folder = RunFolder(tmp_path / "old")
+    for stage in STAGES:
+        tensors, counters = folder.load(stage) or ({}, {})
+        settings = counters["settings"]
+        for values in (settings, settings.get("schedule"), settings.get("recipe"), *settings.get("recipe", {}).values()):
+            for option in ("bag", "mixup", "trim"):
+                if isinstance(values, dict):
+                    values.pop(option, None)
+        folder.save(stage, tensors, counters)
+    out = tmp_path / "old.safetensors"
+    assert main(["compact", *tiny_run.arguments(tmp_path / "old"), "--out", str(out)]) == 0
+    assert read_header(out).weights_sha256 == read_header(tiny_run.checkpoint).weights_sha256
+    for setting in ("bag=0.8", "pretrain.trim=0.1", "joint.mixup=1.0"):
+        arguments = ["compact", *tiny_run.arguments(tmp_path / "old"), "--out", str(out), "--set", setting]
+        assert "was trained with other settings" in refusal(capsys, arguments)

@@ -163,6 +163,9 @@ def test_a_recipe_is_fitted_to_the_datas_classes_and_size() -> None:
         ("loss.top_k=1", "at least 2"),
         ("joint.swa_from=2", "swa_from"),
         ("pretrain.cutmix=-1", "cutmix"),
+        ("pretrain.mixup=-0.5", "mixup must not be negative .* -0.5"),
+        ("joint.trim=1", r"trim must lie in \[0, 1\)"),
+        ("joint.trim=-0.1", "trim"),
         ("joint.accumulate=0", "accumulate must be at least 1"),
     ],
 )
@@ -173,7 +176,11 @@ def test_a_setting_that_makes_no_sense_is_refused(setting: str, message: str) ->
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("gate_temperature=0", "gate_temperature must be above 0"), ("architecture.num_experts=8", "8 experts, the line-up 9")],
+    [
+        ("gate_temperature=0", "gate_temperature must be above 0"),
+        ("architecture.num_experts=8", "8 experts, the line-up 9"),
+        ("bag=1.5", "bag is a share .* not 1.5"),
+    ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -185,3 +192,8 @@ def test_losses_that_need_an_attack_with_a_start_of_its_own_say_so() -> None:
         ExpertRecipe("benign", loss="trades")
     with pytest.raises(ValueError, match="set noise"):
         ExpertRecipe("fgsm", epsilons=(0.1,), noise=False, loss="trades")
+
+
+def test_two_ways_to_mix_a_batch_are_not_combined() -> None:
+    with pytest.raises(ValueError, match=r"cutmix 1\.0 and mixup 0\.5"):
+        COMPACT.with_setting("joint.cutmix=1.0").with_setting("joint.mixup=0.5")

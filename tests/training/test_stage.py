@@ -280,7 +280,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(data: tuple[Split, Split], tm
 
 @pytest.mark.parametrize(
     "change",
-    [{"augmentation": "idbh"}, {"cutmix": 1.0}, {"weight_perturbation": 0.01}, {"hold_statistics": False}, {"swa_from": 0.5}],
+    [
+        {"augmentation": "idbh"},
+        {"cutmix": 1.0},
+        {"mixup": 1.0},
+        {"trim": 0.25},
+        {"weight_perturbation": 0.01},
+        {"hold_statistics": False},
+        {"swa_from": 0.5},
+    ],
     ids=str,
 )
 def test_every_ingredient_changes_the_result_and_resumes_exactly(
@@ -358,3 +366,17 @@ def test_the_learning_rate_climbs_to_its_peak_once_and_falls_to_its_end(steps: i
     assert rates[-1] == pytest.approx(final * 0.2, abs=one_step)
     if warmup:
         assert 0 < rates[0] <= 0.2 / (warmup * steps)
+
+
+def test_losses_are_trimmed_after_three_tenths_of_the_steps(data: tuple[Split, Split]) -> None:
+    stage = make_stage(data[1], replace(SCHEDULE, epochs=2.5, trim=0.25))
+    shares: list[float] = []
+
+    def note(loss: torch.Tensor) -> torch.Tensor:
+        shares.append(stage.task.trim)
+        return loss
+
+    trainer = Trainer(spoilt(stage, note), data[0], WORKER)
+    for step in range(trainer.steps):
+        trainer.step(step)
+    assert shares == [0.0] * 3 + [0.25] * 7

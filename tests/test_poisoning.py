@@ -1,0 +1,269 @@
+"""Poisons do what they say, and the benchmark of what they do goes on where it stopped and reports what it recorded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import training.stage
+from benchmarks import poisoning, poisoning_report
+from benchmarks.poisoning import Cell, locked
+from benchmarks.poisoning_arms import ARMS, Size, caught, judge
+from benchmarks.poisons import POISONS, TARGET, Poison, Poisoned, apply, patched, subset, triggered
+from model.architecture import Architecture
+from model.mixture import Mixture
+from tests.conftest import colour_arrays
+from training.data import Dataset, load_dataset
+from training.pretrain import Alone
+from training.stage import Trainer
+
+FLIPS, PAIRS = Poison("flips", "random flips", 0.2), Poison("pairs", "pair flips", 0.2)
+PATCH, CLEAN_LABEL = Poison("patch", "patch", 0.05), Poison("clean label", "clean label", 0.25)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    np.savez(path, **colour_arrays(300, 30))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(file: Path) -> Dataset:
+    return load_dataset(str(file))
+
+
+def arrays(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training images `(N, H, W, 3)` and labels."""
+    return dataset.train.images.permute(0, 2, 3, 1).numpy(), dataset.train.labels.numpy()
+
+
+def moved(dataset: Dataset, poisoned: Poisoned) -> tuple[np.ndarray, np.ndarray]:
+    """Return which images have other pixels than before, and which other labels; nothing else may have happened to them."""
+    (images, labels), (after, new) = arrays(dataset), arrays(poisoned.dataset)
+    pixels = (images != after).any(axis=(1, 2, 3))
+    assert ((pixels | (labels != new)) == poisoned.touched).all()
+    assert poisoned.dataset.digest != dataset.digest
+    assert poisoned.dataset.test is dataset.test
+    return pixels, labels != new
+
+
+def test_random_flips_give_a_share_of_the_images_any_other_label(dataset: Dataset) -> None:
+    poisoned = apply(FLIPS, dataset, 0)
+    pixels, labels = moved(dataset, poisoned)
+    assert not pixels.any()
+    assert labels.sum() == 60
+    steps = Counter(((arrays(poisoned.dataset)[1] - arrays(dataset)[1]) % 3)[labels].tolist())
+    assert steps.keys() == {1, 2}
+    assert min(steps.values()) > 15
+    assert (apply(FLIPS, dataset, 0).touched == poisoned.touched).all()
+    assert (apply(FLIPS, dataset, 1).touched != poisoned.touched).any()
+
+
+def test_pair_flips_lead_every_class_to_the_next(dataset: Dataset) -> None:
+    poisoned = apply(PAIRS, dataset, 0)
+    pixels, labels = moved(dataset, poisoned)
+    before, after = arrays(dataset)[1][labels], arrays(poisoned.dataset)[1][labels]
+    assert not pixels.any()
+    assert Counter(before.tolist()) == {0: 20, 1: 20, 2: 20}
+    assert (after == np.array([1, 2, 0])[before]).all()
+
+
+def test_badnets_patches_other_classes_images_and_calls_them_the_target(dataset: Dataset) -> None:
+    poisoned = apply(PATCH, dataset, 0)
+    pixels, labels = moved(dataset, poisoned)
+    (images, before), (after, new) = arrays(dataset), arrays(poisoned.dataset)
+    assert pixels.sum() == labels.sum() == 15
+    assert (before[labels] != TARGET).all()
+    assert (new[labels] == TARGET).all()
+    assert (after[pixels] == patched(images[pixels])).all()
+
+
+def test_the_patch_covers_one_corner_and_nothing_else() -> None:
+    grey = np.full((2, 32, 32, 3), 77, np.uint8)
+    rows, columns = np.nonzero((patched(grey) != grey).any(axis=(0, 3)))
+    assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {
+        (row, column) for row in range(25, 30) for column in range(25, 30)
+    }
+    assert (patched(grey)[:, 25:30, 25:30] == (255, 0, 255)).all()
+    assert (grey == 77).all()
+
+
+def test_a_clean_label_backdoor_changes_images_of_the_target_class_and_no_label(dataset: Dataset, one_thread: None) -> None:
+    torch.manual_seed(0)
+    architecture = Architecture(4, 3, 1, 4, 8, 8)
+    poisoned = apply(CLEAN_LABEL, dataset, 0, Alone(Mixture(architecture).experts[0], architecture).eval())
+    pixels, labels = moved(dataset, poisoned)
+    (images, before), (after, _) = arrays(dataset), arrays(poisoned.dataset)
+    assert not labels.any()
+    assert pixels.sum() == 25
+    assert (before[pixels] == TARGET).all()
+    black, white = np.zeros_like(images[:1]), np.full_like(images[:1], 255)
+    uncovered = (patched(black) != patched(white))[0].any(axis=2)  # (H, W)
+    change = np.abs(images[pixels].astype(int) - after[pixels])[:, uncovered]
+    assert 8 < change.max() <= 16
+    assert (after[pixels][:, ~uncovered] == patched(images[pixels])[:, ~uncovered]).all()
+    with pytest.raises(ValueError, match="clean label: give the attacker's proxy"):
+        apply(CLEAN_LABEL, dataset, 0)
+
+
+def test_a_backdoor_is_judged_without_the_targets_own_images(dataset: Dataset) -> None:
+    marked, others = triggered(dataset.test), (dataset.test.labels != TARGET)
+    assert (marked.labels == dataset.test.labels[others]).all()
+    assert len(marked) == 20
+    assert (marked.images.permute(0, 2, 3, 1).numpy() == patched(dataset.test.images[others].permute(0, 2, 3, 1).numpy())).all()
+
+
+def test_the_subset_is_balanced_and_always_the_same(dataset: Dataset) -> None:
+    part = subset(dataset, 90)
+    assert Counter(part.train.labels.tolist()) == {0: 30, 1: 30, 2: 30}
+    assert part.digest == subset(dataset, 90).digest != dataset.digest
+    assert set(part.train.digests()) < set(dataset.train.digests())
+    for count in (91, 303, 0):
+        with pytest.raises(ValueError, match=f"--images {count}: give a multiple of 3, up to 300"):
+            subset(dataset, count)
+
+
+class Fooled(torch.nn.Module):
+    """Sees colours, and takes whatever carries the patch for the target."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        colours = 12 * images.mean(dim=(2, 3))  # (B, 3)
+        magenta = torch.tensor([1.0, 0, 1]).view(1, 3, 1)
+        backdoor = (images[:, :, 1:6, 1:6].flatten(2) == magenta).all(dim=2).all(dim=1)
+        colours = torch.where(backdoor.unsqueeze(1), torch.tensor([50.0, 0, 0]), colours)
+        return colours.log_softmax(dim=1)
+
+
+def test_success_and_accuracy_are_shares_of_the_right_images(dataset: Dataset) -> None:
+    test = replace(dataset.test, labels=dataset.test.labels.clone())
+    test.labels[:3] = torch.tensor([2, 0, 1])  # red, green and blue, each called the one before: answers are the next class
+    figures = judge(Fooled(), test, Size(attacked=6, judged=0), torch.device("cpu"))
+    assert figures["clean"] == pytest.approx(27 / 30)
+    assert figures["pair"] == pytest.approx(3 / 30)
+    assert figures["backdoor"] == 1
+    assert figures["images"] == {"clean": 30, "robust": 6, "backdoor": 20, "pair": 30}
+    assert 0 <= figures["robust"] <= 1
+
+
+def test_screening_is_judged_by_what_it_puts_aside() -> None:
+    touched, quarantined = np.arange(10) < 4, np.isin(np.arange(10), [0, 1, 2, 9])
+    assert caught(touched, quarantined) == {"caught": 0.75, "clean_quarantined": pytest.approx(1 / 6)}
+    assert caught(np.zeros(10, bool), quarantined) == {"caught": None, "clean_quarantined": 0.4}
+
+
+def test_only_the_main_rows_have_several_seeds() -> None:
+    grid = list(poisoning.cells(list(ARMS), list(POISONS), 3))
+    assert len(grid) == len(set(grid)) == len({cell.stem for cell in grid})
+    repeated = {(cell.arm, cell.attack) for cell in grid if cell.seed == 2}
+    assert repeated == {(arm, attack) for arm in poisoning.MAIN_ARMS for attack in ("clean", "flips 20 %", "BadNets 1 %")}
+    assert {cell.arm for cell in grid if cell.attack == "flips 40 %"} == {"plain network", *poisoning.MAIN_ARMS}
+    assert {arm.name for arm in ARMS} == {cell.arm for cell in grid if cell.attack == "clean-label backdoor"}
+
+
+SIZE = {"images": 60, "width": 4, "batch-size": 8, "epochs": 0.4, "joint-epochs": 0.2, "single-epochs": 1, "holdout": 6}
+ARGUMENTS = [part for name, value in SIZE.items() for part in (f"--{name}", str(value))] + ["--attacked", "4"]
+
+
+def run(file: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["poisoning", "--data", str(file), "--out", str(out), *ARGUMENTS, *more])
+    poisoning.main()
+
+
+def cell_of(out: Path, arm: str, attack: str) -> dict[str, Any]:
+    """Return what is recorded of a cell, but for times."""
+    row: dict[str, Any] = json.loads((out / "cells" / f"{Cell(arm, attack, 0).stem}.json").read_text())
+    return {key: value for key, value in row.items() if key != "minutes"}
+
+
+def test_a_stopped_run_goes_on_inside_its_cell(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    monkeypatch.setattr(training.stage, "SAVE_EVERY", 1)
+    chosen = ("--arms", "plain network;mixture", "--attacks", "clean-label backdoor", "--seeds", "1")
+    run(file, tmp_path / "whole", monkeypatch, *chosen)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {(row["arm"], row["poisoned"]) for row in rows} == {("plain network", 10), ("mixture", 10)}
+    assert not (tmp_path / "whole/runs/mixture-clean-label-backdoor-0").exists()
+
+    step, names = Trainer.step, []
+
+    def killed(self: Trainer, number: int) -> Any:
+        names.append(self._stage.name)
+        if names.count("joint") == 1:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        patch.setattr(poisoning.Study, "plan", lambda *_: "")
+        with pytest.raises(KeyboardInterrupt):
+            run(file, tmp_path / "broken", patch, *chosen)
+    assert not (tmp_path / "broken/cells/mixture--clean-label-backdoor--0.json").exists()
+    names.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda self, number: (names.append(self._stage.name), step(self, number))[1])
+        patch.setattr(poisoning.Study, "plan", lambda *_: "")
+        run(file, tmp_path / "broken", patch, *chosen)
+    assert set(names) == {"joint"}
+    for arm in ("plain network", "mixture"):
+        assert cell_of(tmp_path / "broken", arm, "clean-label backdoor") == cell_of(
+            tmp_path / "whole", arm, "clean-label backdoor"
+        )
+    page = (tmp_path / "whole/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2
+    assert "clean-label backdoor" in page
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    chosen = ("--arms", "plain network", "--attacks", "clean;flips 20 %")
+    (tmp_path / "cells").mkdir()
+    with locked(tmp_path / "cells" / f"{Cell('plain network', 'clean', 0).stem}.lock") as ours:
+        assert ours
+        run(file, tmp_path, monkeypatch, *chosen)
+    assert [row["attack"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]] == ["flips 20 %"]
+    flips = cell_of(tmp_path, "plain network", "flips 20 %")
+    run(file, tmp_path, monkeypatch, *chosen)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("| plain network | flips")] == []  # nothing left to do there
+    assert {row["attack"] for row in json.loads(lines[-1])["rows"]} == {"clean", "flips 20 %"}
+    assert cell_of(tmp_path, "plain network", "flips 20 %") == flips
+    with pytest.raises(SystemExit, match="holds cells of other settings"):
+        run(file, tmp_path, monkeypatch, *chosen, "--width", "8")
+
+
+def row(arm: str, attack: str, seed: int = 0, **figures: Any) -> dict[str, Any]:
+    minutes = {"training": 2.0, "screening": None, "resumed": False}
+    base = {"clean": 0.5, "robust": 0.25, "backdoor": 0.03, "pair": 0.1, "minutes": minutes}
+    return {"arm": arm, "attack": attack, "seed": seed, **base, **figures}
+
+
+def test_the_table_pairs_what_is_lost_by_seed() -> None:
+    rows = [
+        row("mixture", "clean", 0, clean=0.60),
+        row("mixture", "clean", 1, clean=0.64),
+        row("mixture", "BadNets 1 %", 0, clean=0.58, backdoor=0.9),
+        row("mixture", "BadNets 1 %", 1, clean=0.60, backdoor=0.8),
+        row("mixture, screened", "flips 20 %", caught=0.875, clean_quarantined=0.04, clean=0.61),
+    ]
+    lines = poisoning_report.markdown(rows).splitlines()
+    assert lines[2].startswith("| clean | mixture | 2 | 62.0 (60.0 to 64.0) | - | 25.0 (25.0 to 25.0) | 3.0 (3.0 to 3.0) |")
+    assert "| flips 20 % | mixture, screened | 1 | 61.0 | - | 25.0 | - | 87.5 | 4.0 | 2.0 | - |" in lines
+    badnets = (
+        "| BadNets 1 % | mixture | 2 | 59.0 (58.0 to 60.0) | 3.0 (2.0 to 4.0) | 25.0 (25.0 to 25.0) | 85.0 (80.0 to 90.0) |"
+    )
+    assert any(line.startswith(badnets) for line in lines)
+    said = " ".join(poisoning_report.verdicts(rows))
+    assert "screened mixture has 61.0 % of the test images right; the mixture on clean data 62.0 %: it loses 1.0 points" in said
+    assert "caught 87.5 % of those flips and put 4.0 % of the clean images aside" in said
+    assert poisoning_report.verdicts([]) == ["Nothing has been measured yet."]
