@@ -45,6 +45,8 @@ class PartitionRun:
         count = recipe.architecture.num_experts
         if recipe.holdout < count:
             raise ValueError(f"holdout={recipe.holdout}: each of {count} partitions holds out its share; give {count} or more")
+        if recipe.bag:
+            raise ValueError(f"bag={recipe.bag}: every expert has its own partition already; set bag to 0")
         self.dataset, self.worker = dataset, worker
         # One share for all, whatever the partitions hold: it also fixes the shapes that a compiler sees.
         self._recipe = replace(

@@ -169,13 +169,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(original: Path, tmp_path: Pat
     ("changes", "message"),
     [
         ({"holdout": 2}, "holdout=2: each of 3 partitions holds out its share; give 3 or more"),
+        ({"bag": 0.5}, "bag=0.5: every expert has its own partition already"),
         (
             {"pretrain": replace(SCHEDULE, batch_size=32)},
             r"partition 1 of 3: \d+ images, 2 of them held out, do not fill one batch of 32",
         ),
     ],
 )
-def test_partitions_that_are_too_small_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_data_that_can_not_be_divided_so_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PartitionRun(replace(RECIPE, **changes), dataset_of(*clean()), tmp_path, 0, WORKER)
 
