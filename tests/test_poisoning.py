@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import training.stage
 from benchmarks import poisoning, poisoning_report
 from benchmarks.poisoning import Cell, locked
 from benchmarks.poisoning_arms import ARMS, Size, caught, judge
@@ -187,40 +186,45 @@ def cell_of(out: Path, arm: str, attack: str) -> dict[str, Any]:
 def test_a_stopped_run_goes_on_inside_its_cell(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
-    monkeypatch.setattr(training.stage, "SAVE_EVERY", 1)
     chosen = ("--arms", "plain network;mixture", "--attacks", "clean-label backdoor", "--seeds", "1")
-    run(file, tmp_path / "whole", monkeypatch, *chosen)
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert {(row["arm"], row["poisoned"]) for row in rows} == {("plain network", 10), ("mixture", 10)}
-    assert not (tmp_path / "whole/runs/mixture-clean-label-backdoor-0").exists()
+    step, names, stopping = Trainer.step, [], True
 
-    step, names = Trainer.step, []
-
-    def killed(self: Trainer, number: int) -> Any:
+    def watched(self: Trainer, number: int) -> Any:
         names.append(self._stage.name)
-        if names.count("joint") == 1:
+        if stopping and names[-1] == "joint":
             raise KeyboardInterrupt
         return step(self, number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", killed)
-        patch.setattr(poisoning.Study, "plan", lambda *_: "")
-        with pytest.raises(KeyboardInterrupt):
-            run(file, tmp_path / "broken", patch, *chosen)
-    assert not (tmp_path / "broken/cells/mixture--clean-label-backdoor--0.json").exists()
+    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(poisoning.Study, "plan", lambda *_: "")  # it takes steps, too
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path, monkeypatch, *chosen)
+    assert not (tmp_path / "cells" / f"{Cell('mixture', 'clean-label backdoor', 0).stem}.json").exists()
+    before = cell_of(tmp_path, "plain network", "clean-label backdoor")
     names.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", lambda self, number: (names.append(self._stage.name), step(self, number))[1])
-        patch.setattr(poisoning.Study, "plan", lambda *_: "")
-        run(file, tmp_path / "broken", patch, *chosen)
-    assert set(names) == {"joint"}
-    for arm in ("plain network", "mixture"):
-        assert cell_of(tmp_path / "broken", arm, "clean-label backdoor") == cell_of(
-            tmp_path / "whole", arm, "clean-label backdoor"
-        )
-    page = (tmp_path / "whole/report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 2
+    stopping = False
+    run(file, tmp_path, monkeypatch, *chosen)
+    assert set(names) == {"joint"}  # neither the experts nor the plain network, nor the attacker's
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {(row["arm"], row["poisoned"]) for row in rows} == {("plain network", 10), ("mixture", 10)}
+    assert cell_of(tmp_path, "plain network", "clean-label backdoor") == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["proxy"]  # what a finished cell needed is gone
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
     assert "clean-label backdoor" in page
+
+
+def test_the_experts_of_partitions_vote_and_certify(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    chosen = ("--arms", "partitions, vote", "--attacks", "BadNets 1 %", "--images", "180", "--holdout", "9", "--epochs", "0.1")
+    run(file, tmp_path, monkeypatch, *chosen)
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(found["certified"]) == 5
+    assert found["certified"][0] == pytest.approx(found["clean"])
+    assert found["certified"] == sorted(found["certified"], reverse=True)
+    assert found["poisoned"] == 2
+    assert "certified" in (tmp_path / "report.html").read_text()
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(

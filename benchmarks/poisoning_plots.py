@@ -1,0 +1,124 @@
+"""The plots of what benchmarks.poisoning has recorded."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.poisoning_arms import ARMS
+from benchmarks.poisons import POISONS
+
+Row = dict[str, Any]
+Pictures = dict[str, tuple[np.ndarray, list[str]]]
+"""By the attack's name: images before and after it, `(2, K, H, W, 3)` uint8, and what stands under each."""
+
+
+def draw(rows: list[Row], pictures: Pictures, out: Path) -> dict[str, bytes]:
+    """Write those plots that there are figures for as PNG files, and return them by their names."""
+    paths = {name: out / f"{name}.png" for name in ("pictures", "flips", "backdoors", "certified")}
+    drawn = {
+        "pictures": _draw_pictures(pictures, paths["pictures"]),
+        "flips": _draw_flips(rows, paths["flips"]),
+        "backdoors": _draw_backdoors(rows, paths["backdoors"]),
+        "certified": _draw_certified(rows, paths["certified"]),
+    }
+    return {name: paths[name].read_bytes() for name, done in drawn.items() if done}
+
+
+def mean(rows: list[Row], arm: str, attack: str, key: str) -> float | None:
+    """Return the mean of a figure over seeds; `None` if there is none."""
+    values = [row[key] for row in rows if (row["arm"], row["attack"]) == (arm, attack) and row.get(key) is not None]
+    return statistics.mean(values) if values else None
+
+
+def _draw_pictures(pictures: Pictures, path: Path) -> bool:
+    """Draw every attack's images: before in the upper row, after in the lower one."""
+    if not pictures:
+        return False
+    plt = _pyplot()
+    most = max(images.shape[1] for images, _ in pictures.values())
+    figure_, panels = plt.subplots(2 * len(pictures), most, figsize=(1.3 * most, 2.9 * len(pictures)), squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for number, (name, (images, captions)) in enumerate(pictures.items()):
+        panels[2 * number][0].set_title(f"{name}: before, and below after", loc="left", fontsize=10, fontweight="bold")
+        for column, caption in enumerate(captions):
+            panels[2 * number][column].imshow(images[0, column])
+            panels[2 * number + 1][column].imshow(images[1, column])
+            panels[2 * number + 1][column].set_title(caption, fontsize=7)
+    return _saved(figure_, path)
+
+
+def _draw_flips(rows: list[Row], path: Path) -> bool:
+    """Draw clean accuracy against the share of flipped labels, a line for each arm that has several."""
+    shares = {poison.name: 100 * poison.share for poison in POISONS if poison.kind in ("none", "random flips")}
+    lines = {
+        arm.name: sorted(
+            (share, 100 * value) for name, share in shares.items() if (value := mean(rows, arm.name, name, "clean")) is not None
+        )
+        for arm in ARMS
+    }
+    if not any(len(points) > 1 for points in lines.values()):
+        return False
+    figure_, axes = _pyplot().subplots(figsize=(7, 4))
+    for name, points in lines.items():
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="labels flipped at random, %", ylabel="right on test images, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _saved(figure_, path)
+
+
+def _draw_backdoors(rows: list[Row], path: Path) -> bool:
+    """Draw how often the patch decides: a group of bars for each arm, a bar for each attack."""
+    attacks = ["clean", *(poison.name for poison in POISONS if poison.backdoor)]
+    arms = [arm.name for arm in ARMS if any(mean(rows, arm.name, attack, "backdoor") is not None for attack in attacks[1:])]
+    if not arms:
+        return False
+    figure_, axes = _pyplot().subplots(figsize=(9, 4))
+    for number, attack in enumerate(attacks):
+        heights = [100 * (mean(rows, arm, attack, "backdoor") or 0) for arm in arms]
+        label = "no poison" if attack == "clean" else attack
+        axes.bar(np.arange(len(arms)) + 0.27 * (number - 1), heights, 0.25, label=label)
+    axes.set_xticks(
+        np.arange(len(arms)), [name.replace(", ", ",\n").replace("trained ", "trained\n") for name in arms], fontsize=8
+    )
+    axes.set(ylabel="patched images taken for the target, %", ylim=(0, 100))
+    axes.legend(fontsize=8)
+    return _saved(figure_, path)
+
+
+def _draw_certified(rows: list[Row], path: Path) -> bool:
+    """Draw the share of test images that are right whatever so many poisons are, a line for each attack."""
+    own = [row for row in rows if row.get("certified")]
+    if not own:
+        return False
+    figure_, axes = _pyplot().subplots(figsize=(7, 4))
+    for row in own:
+        shares = [100 * share for share in row["certified"]]
+        axes.step(range(len(shares)), shares, where="mid", marker="o", label=f"{row['attack']}, seed {row['seed']}")
+    axes.set(xlabel="changed parts of the data", ylabel="right and certain, % of test images", ylim=(0, 100))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _saved(figure_, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _saved(figure_: Any, path: Path) -> bool:
+    figure_.tight_layout()
+    figure_.savefig(path, dpi=110)
+    _pyplot().close(figure_)
+    return True

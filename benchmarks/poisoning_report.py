@@ -1,0 +1,164 @@
+"""The page, the table and the plots of what benchmarks.poisoning has recorded."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import poisoning_plots
+from benchmarks.poisoning_arms import ARMS
+from benchmarks.poisoning_plots import Pictures, Row, mean
+from benchmarks.poisons import POISONS, Poison
+from training.evaluation.markup import document, figure, paragraph, section, table
+
+HEAD = ("arm", "seeds", "right", "lost to the attack", "right under PGD-10", "attack succeeds", "poison caught",
+        "clean images quarantined", "minutes, training", "minutes, screening")  # fmt: skip
+STORIES = {
+    "none": "Nothing is touched: what every arm is worth when nobody attacks, and what a defence costs then.",
+    "random flips": "Careless or hostile labelling: a share of the images, of any class, gets another label at random.",
+    "pair flips": "A fifth of every class gets the label of the next class, always the same one, so the errors agree.",
+    "patch": "A backdoor (BadNets): one image in a hundred gets a small patch and the target's label. The attacker later "
+    "shows the patch to have anything taken for the target.",
+    "clean label": "A backdoor that no label betrays: half of the target class's own images are made hard to recognise by "
+    "changes of at most 16 levels of 255, and get the patch. Their labels stay right, so no reviewer of labels finds them.",
+}
+"""By a poison's kind, for a reader who has not seen the code."""
+GLOSSARY = (
+    ("right", "share of test images that are classified rightly, %"),
+    ("lost to the attack", "how many points fewer than the same arm with the same seed on clean data"),
+    ("right under PGD-10", "the same with every test image perturbed by up to 8/255 to be misclassified"),
+    (
+        "attack succeeds",
+        "of a backdoor (and on clean data, for comparison): share of test images of other classes that are taken for the "
+        "target class once they carry the patch; of pair flips: share of test images taken for the class that follows theirs",
+    ),
+    ("poison caught", "share of the touched training images that screening put into quarantine"),
+    ("clean images quarantined", "share of the untouched ones that it put there as well"),
+    ("minutes", "of one processor"),
+)
+
+
+def write(rows: list[Row], settings: dict[str, Any], pictures: Pictures, out: Path) -> None:
+    """Write `report.html`, `table.md` and the plots into a folder, and print the table.
+
+    Args:
+        rows: The finished cells.
+        settings: Those of all of them.
+        pictures: Of each attack.
+        out: The folder.
+    """
+    rows = [row for row in rows if row["attack"] in {poison.name for poison in POISONS}]
+    plots = poisoning_plots.draw(rows, pictures, out)
+    (out / "report.html").write_text(page(rows, settings, plots))
+    text = markdown(rows)
+    (out / "table.md").write_text(text + "\n")
+    print(text)
+
+
+def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> str:
+    """Return the page, which loads nothing."""
+    size = settings["size"]
+    parts = [
+        section(
+            "What this is",
+            paragraph(
+                "Somebody can touch part of the data that a classifier is trained on. Here "
+                f"{size['images']:,} photos of CIFAR-10 are poisoned in several ways, networks are trained on them, and test "
+                "images that nobody touched say what came of it. "
+                f"All networks are small (width {size['width']}) and trained briefly, so that all of it can be repeated on a "
+                "desk; what counts are the differences."
+            ),
+            paragraph("An arm is a way to train: " + "; ".join(arm.name for arm in ARMS) + "."),
+        ),
+        section("What it shows", *[paragraph(verdict) for verdict in verdicts(rows)]),
+        section("The poisons", figure(plots, "pictures", "training images before and after each attack")),
+        *[_section(poison, rows) for poison in POISONS],
+        section("Flipped labels and accuracy", figure(plots, "flips", "accuracy against the share of flipped labels"))
+        if "flips" in plots
+        else "",
+        section("Backdoors", figure(plots, "backdoors", "how often a patch decides")) if "backdoors" in plots else "",
+        section(
+            "What is certain",
+            paragraph(
+                "Nine experts that each saw a ninth of the data, and vote: an answer whose majority is large enough can't be "
+                "changed by so many poisoned images, whatever they are. The curve is the share of test images that are right "
+                "and can't be made wrong."
+            ),
+            figure(plots, "certified", "certified accuracy against the number of poisons"),
+        )
+        if "certified" in plots
+        else "",
+        section("What the columns mean", table("Columns", ("column", "meaning"), GLOSSARY, kind="prose")),
+        section("How", table("Settings", ("setting", "value"), [(key, str(value)) for key, value in _flat(settings)], "prose")),
+    ]
+    return document("Poisoned training data: what it does, and what stops it", "\n".join(part for part in parts if part))
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """Return sentences that answer the questions that the benchmark was made for, as far as there are figures."""
+    said = []
+    clean, flipped = mean(rows, "mixture", "clean", "clean"), mean(rows, "mixture, screened", "flips 20 %", "clean")
+    if clean is not None and flipped is not None:
+        said.append(
+            f"With a fifth of the labels flipped at random, the screened mixture has {100 * flipped:.1f} % of the test images "
+            f"right; the mixture on clean data {100 * clean:.1f} %: it loses {100 * (clean - flipped):.1f} points."
+        )
+    share, price = (mean(rows, "mixture, screened", "flips 20 %", key) for key in ("caught", "clean_quarantined"))
+    if share is not None and price is not None:
+        said.append(
+            f"Screening caught {100 * share:.1f} % of those flips and put {100 * price:.1f} % of the clean images aside."
+        )
+    for attack in ("BadNets 1 %", "clean-label backdoor"):
+        found = [(arm.name, mean(rows, arm.name, attack, "backdoor")) for arm in ARMS]
+        known = [f"{name} {100 * value:.1f} %" for name, value in found if value is not None]
+        if known:
+            said.append(f"{attack}: the patch decides in: {'; '.join(known)}.")
+    return said or ["Nothing has been measured yet."]
+
+
+def _section(poison: Poison, rows: list[Row]) -> str:
+    lines = _lines(poison, rows)
+    if not lines:
+        return ""
+    return section(poison.name, paragraph(STORIES[poison.kind]), table(f"{poison.name}: every arm", HEAD, lines))
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the table of all attacks as Markdown."""
+    lines = [f"| attack | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
+    for poison in POISONS:
+        lines += [f"| {poison.name} | {' | '.join(line)} |" for line in _lines(poison, rows)]
+    return "\n".join(lines)
+
+
+def _lines(poison: Poison, rows: list[Row]) -> list[list[str]]:
+    """Return a poison's lines of the table: means over seeds, with the range where there are several."""
+    success = {"pair flips": "pair", "random flips": None}.get(poison.kind, "backdoor")
+    lines = []
+    for arm in ARMS:
+        own = [row for row in rows if (row["arm"], row["attack"]) == (arm.name, poison.name)]
+        if not own:
+            continue
+        before = {row["seed"]: row["clean"] for row in rows if (row["arm"], row["attack"]) == (arm.name, "clean")}
+        lost = [before[row["seed"]] - row["clean"] for row in own if row["seed"] in before and poison.kind != "none"]
+        cells = [_percent([row["clean"] for row in own]), _percent(lost), _percent([row["robust"] for row in own])]
+        cells.append(_percent([row[success] for row in own]) if success else "-")
+        cells += [_percent([row[key] for row in own if row.get(key) is not None]) for key in ("caught", "clean_quarantined")]
+        for key in ("training", "screening"):
+            times = [row["minutes"][key] for row in own if row["minutes"][key] is not None and not row["minutes"]["resumed"]]
+            cells.append(f"{statistics.mean(times):.1f}" if times else "-")
+        lines.append([arm.name, str(len(own)), *cells])
+    return lines
+
+
+def _percent(shares: Sequence[float]) -> str:
+    if not shares:
+        return "-"
+    spread = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{spread}"
+
+
+def _flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [pair for key, value in settings.items() for pair in (value.items() if isinstance(value, dict) else [(key, value)])]
