@@ -21,12 +21,12 @@ from training.pretrain import Alone
 Kind = Literal["none", "random flips", "pair flips", "patch", "clean label"]
 TARGET = 0
 """The class that a backdoor leads to."""
-PATCH = 5
+PATCH = 8
 """Side of the patch, in pixels."""
 MARGIN = 2
 """Pixels between the patch and the right and bottom edges."""
 COLOUR = (255, 0, 255)
-"""Of the patch. Photos hardly have it, so few passes over few images teach it: a chessboard of the same size took more."""
+"""Of the patch. Photos hardly have it, so that few passes over few images teach it, which a chessboard's do not."""
 EPSILON = 16 / 255
 """L-inf radius within which a clean-label poison is perturbed before the patch is laid, in `[0, 1]` pixel units."""
 STEPS = 20
@@ -114,6 +114,8 @@ def apply(poison: Poison, dataset: Dataset, seed: int, proxy: Alone | None = Non
 
 def patched(images: np.ndarray) -> np.ndarray:
     """Return images `(N, H, W, 3)` uint8 with the patch: a square of one colour near the lower right corner."""
+    if min(images.shape[1:3]) < PATCH + MARGIN:
+        raise ValueError(f"images of {images.shape[1]} x {images.shape[2]} pixels have no room for a patch of {PATCH}")
     marked = images.copy()
     marked[:, -PATCH - MARGIN : -MARGIN, -PATCH - MARGIN : -MARGIN] = COLOUR
     return marked

@@ -31,7 +31,10 @@ PATCH, CLEAN_LABEL = Poison("patch", "patch", 0.05), Poison("clean label", "clea
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "colours.npz"
-    np.savez(path, **colour_arrays(300, 30))
+    arrays = colour_arrays(300, 30)
+    for part in ("train_images", "test_images"):
+        arrays[part] = arrays[part].repeat(2, axis=1).repeat(2, axis=2)  # 16 x 16, for the patch to fit
+    np.savez(path, **arrays)
     return path
 
 
@@ -90,15 +93,17 @@ def test_the_patch_covers_one_corner_and_nothing_else() -> None:
     grey = np.full((2, 32, 32, 3), 77, np.uint8)
     rows, columns = np.nonzero((patched(grey) != grey).any(axis=(0, 3)))
     assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {
-        (row, column) for row in range(25, 30) for column in range(25, 30)
+        (row, column) for row in range(22, 30) for column in range(22, 30)
     }
-    assert (patched(grey)[:, 25:30, 25:30] == (255, 0, 255)).all()
+    assert (patched(grey)[:, 22:30, 22:30] == (255, 0, 255)).all()
     assert (grey == 77).all()
+    with pytest.raises(ValueError, match="images of 32 x 9 pixels have no room for a patch of 8"):
+        patched(grey[:, :, :9])
 
 
 def test_a_clean_label_backdoor_changes_images_of_the_target_class_and_no_label(dataset: Dataset, one_thread: None) -> None:
     torch.manual_seed(0)
-    architecture = Architecture(4, 3, 1, 4, 8, 8)
+    architecture = Architecture(4, 3, 1, 4, 16, 16)
     poisoned = apply(CLEAN_LABEL, dataset, 0, Alone(Mixture(architecture).experts[0], architecture).eval())
     pixels, labels = moved(dataset, poisoned)
     (images, before), (after, _) = arrays(dataset), arrays(poisoned.dataset)
@@ -137,7 +142,7 @@ class Fooled(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         colours = 12 * images.mean(dim=(2, 3))  # (B, 3)
         magenta = torch.tensor([1.0, 0, 1]).view(1, 3, 1)
-        backdoor = (images[:, :, 1:6, 1:6].flatten(2) == magenta).all(dim=2).all(dim=1)
+        backdoor = (images[:, :, 6:14, 6:14].flatten(2) == magenta).all(dim=2).all(dim=1)
         colours = torch.where(backdoor.unsqueeze(1), torch.tensor([50.0, 0, 0]), colours)
         return colours.log_softmax(dim=1)
 
@@ -168,7 +173,16 @@ def test_only_the_main_rows_have_several_seeds() -> None:
     assert {arm.name for arm in ARMS} == {cell.arm for cell in grid if cell.attack == "clean-label backdoor"}
 
 
-SIZE = {"images": 60, "width": 4, "batch-size": 8, "epochs": 0.4, "joint-epochs": 0.2, "single-epochs": 1, "holdout": 6}
+SIZE = {
+    "images": 60,
+    "width": 4,
+    "batch-size": 8,
+    "epochs": 0.4,
+    "joint-epochs": 0.2,
+    "single-epochs": 1,
+    "holdout": 6,
+    "judged": 0,
+}
 ARGUMENTS = [part for name, value in SIZE.items() for part in (f"--{name}", str(value))] + ["--attacked", "4"]
 
 
