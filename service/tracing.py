@@ -144,6 +144,7 @@ class _TracedScheduler(_Traced):
         finally:
             ended = time.time_ns()
             left = ended if ticket.left_queue is None else ended - round(1e9 * (time.monotonic() - ticket.left_queue))
+            left = max(started, left)  # the two clocks are not read in the same moment
             self._tracer.start_span("queue", start_time=started).end(left)
             if ticket.left_queue is not None:
                 self._tracer.start_span("engine", start_time=left).end(ended)

@@ -8,10 +8,12 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -92,6 +94,18 @@ async def test_every_step_of_a_request_is_a_span_below_the_request(engine: Share
     for earlier, later in itertools.pairwise(steps):
         assert request.start_time <= earlier.start_time <= earlier.end_time <= later.start_time + 1_000_000
     assert all(step.end_time <= request.end_time for step in steps)
+
+
+async def test_a_pause_between_two_looks_at_the_clocks_does_not_turn_the_steps_round(
+    engine: SharedEngine, traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = SimpleNamespace(time_ns=time.time_ns, monotonic=lambda: time.monotonic() + 5)
+    monkeypatch.setattr("service.tracing.time", clocks)
+    async with serve_in_process(engine, traced.tracing) as served, served.client() as client:
+        await v1(client)
+    request, *steps = traced.spans()
+    assert [step.name for step in steps] == STEPS
+    assert all(request.start_time <= step.start_time <= step.end_time for step in steps)
 
 
 async def test_a_caller_s_trace_goes_on(engine: SharedEngine, traced: Traced) -> None:
