@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.ports import held_port
 from service.settings import Settings
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -116,9 +116,15 @@ def running_service(**settings: object) -> Iterator[RunningService]:
     unknown = sorted(settings.keys() - Settings.model_fields.keys())
     if unknown:
         raise ValueError(f"no such settings: {', '.join(unknown)}; docs/operations.md lists them")
-    port, metrics_port = _free_ports(2)
-    chosen = {"port": port, "metrics_port": metrics_port, **settings}
-    environment = {**os.environ, **{f"PALISADE_{name.upper()}": str(value) for name, value in chosen.items()}}
+    with held_port() as port, held_port() as metrics_port:
+        chosen = {"port": port, "metrics_port": metrics_port, **settings}
+        environment = {**os.environ, **{f"PALISADE_{name.upper()}": str(value) for name, value in chosen.items()}}
+        with _started(environment, port, metrics_port) as service:
+            yield service
+
+
+@contextmanager
+def _started(environment: dict[str, str], port: int, metrics_port: int) -> Iterator[RunningService]:
     command = [sys.executable, "-m", "service.cli", "run"]
     started = time.perf_counter()
     with (
@@ -184,14 +190,6 @@ def _setting(text: str) -> tuple[str, str]:
     if not separator or name not in Settings.model_fields:
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE with a setting's name; docs/operations.md lists them")
     return name, value
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _becomes_ready(url: str, process: subprocess.Popen[str], deadline: float) -> bool:

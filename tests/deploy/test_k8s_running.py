@@ -17,6 +17,7 @@ import httpx
 import pytest
 import redis
 
+from benchmarks.ports import held_port
 from benchmarks.running_service import running_service
 from service.quota import QuotaExceededError, parse_windows
 from service.quota_redis import RedisLimiter
@@ -54,15 +55,14 @@ def redis_of_the_component(folder: Path) -> Iterator[int]:
     (container,) = one(build("components/redis"), "StatefulSet", "palisade-redis")["spec"]["template"]["spec"]["containers"]
     arguments = [argument.replace("$(REDIS_PASSWORD)", PASSWORD) for argument in container["args"]]
     arguments[arguments.index("/data")] = str(folder)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [*container["command"], "--port", str(port), "--bind", "127.0.0.1", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            eventually(lambda: listens(port, process), "redis-server listens")
-            yield port
-        finally:
-            process.terminate()
+    with held_port() as port:
+        command = [*container["command"], "--port", str(port), "--bind", "127.0.0.1", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            try:
+                eventually(lambda: listens(port, process), "redis-server listens")
+                yield port
+            finally:
+                process.terminate()
 
 
 def listens(port: int, process: subprocess.Popen[bytes]) -> bool:

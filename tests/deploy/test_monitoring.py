@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks.ports import held_port
 from benchmarks.running_service import RunningService, running_service
 from tests.service.conftest import PATIENCE_S, eventually
 from tests.service.pictures import MULTIPART, encode, multipart, noise
@@ -47,9 +47,7 @@ def promtool(*arguments: str, **options: Any) -> None:
 class Prometheus:
     """A server that scrapes one service every second and evaluates our rules as often."""
 
-    def __init__(self, folder: Path, target: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    def __init__(self, folder: Path, target: str, port: int) -> None:
         (folder / "rules.yaml").write_text(yaml.safe_dump(RULES))
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -115,17 +113,18 @@ def service() -> Iterator[RunningService]:
 @pytest.fixture(scope="module")
 def prometheus(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """One that has seen two rounds of traffic, and what came between them."""
-    server = Prometheus(tmp_path_factory.mktemp("prometheus"), httpx.URL(service.metrics_url).netloc.decode())
-    try:
-        eventually(server.is_up, "Prometheus scrapes the service")
-        for sent in (1, 2):
-            send_a_round(service.url, seed=sent)
-            # The last of them: it is counted when its reply is already on its way.
-            refused = 'palisade_requests_total{route="/v1/classify", code="415"}'
-            eventually(lambda sent=sent, refused=refused: server.total(refused) == sent, "a round is counted")  # type: ignore[misc]
-        yield server
-    finally:
-        server.close()
+    with held_port() as port:
+        server = Prometheus(tmp_path_factory.mktemp("prometheus"), httpx.URL(service.metrics_url).netloc.decode(), port)
+        try:
+            eventually(server.is_up, "Prometheus scrapes the service")
+            for sent in (1, 2):
+                send_a_round(service.url, seed=sent)
+                # The last of them: it is counted when its reply is already on its way.
+                refused = 'palisade_requests_total{route="/v1/classify", code="415"}'
+                eventually(lambda sent=sent, refused=refused: server.total(refused) == sent, "a round is counted")  # type: ignore[misc]
+            yield server
+        finally:
+            server.close()
 
 
 def documented() -> dict[str, tuple[set[str], str]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import redis
 
+from benchmarks.ports import held_port
 from tests.service.conftest import eventually
 
 PASSWORD = "s3cret/of:the@store"
@@ -31,8 +31,8 @@ class RedisServer:
     """
 
     def __init__(self, folder: Path, *options: str, tls: str = "") -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self._hold = ExitStack()
+        self.port = self._hold.enter_context(held_port())  # also while the server is down
         assert BINARY is not None
         where = ["--port", "0", "--tls-port", str(self.port)] if tls else ["--port", str(self.port)]
         self._command = [BINARY, *where, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
@@ -62,6 +62,7 @@ class RedisServer:
     def close(self) -> None:
         self.client.close()
         self.kill()
+        self._hold.close()
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, "redis-server has stopped"

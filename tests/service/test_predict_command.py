@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.ports import held_port
 from service.cli import main
 from tests.service.conftest import LABELS, PATIENCE_S, ROOT, RunningServer
 from tests.service.pictures import encode, noise, pixels
@@ -183,7 +184,8 @@ def test_a_service_that_will_not_answer_ends_the_command(
         assert len(seen) == 3
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), said in err, "1 of 1 images are left" in err) == ("", 1, True, True), err
-    assert main(["predict", "--url", url, str(tmp_path)]) == 1  # nobody listens there any more
+    with held_port() as port:  # nobody listens there
+        assert main(["predict", "--url", f"http://127.0.0.1:{port}", str(tmp_path)]) == 1
     assert "cannot be asked" in capsys.readouterr().err
 
 
