@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,36 @@ if TYPE_CHECKING:
     from model.mixture import Mixture
 
 
+# For every process that the tests start, too: tiny networks gain nothing from more threads, and threads that wait for others
+# cost a busy machine minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+LONGEST = (
+    "service/test_tune.py",
+    "service/test_admin.py",
+    "training/test_pipeline.py",
+    "model/test_fast.py",
+    "test_benchmarks.py",
+    "service/test_page.py",
+    "service/test_frontends.py",
+    "service/test_openapi.py",
+    "training/test_worker.py",
+    "deploy/test_k8s_training.py",
+    "deploy/test_monitoring.py",
+    "service/test_quota_replicas.py",
+)
+"""Files that take longest, the longest first. The last file to begin decides when several workers are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: tiny networks gain nothing from more, and waiting threads cost a busy machine minutes."""
+    """Run torch on one thread, whatever a test before has chosen."""
     import torch
 
     before = torch.get_num_threads()
