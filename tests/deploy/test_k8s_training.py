@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from model.checkpoint import read_header
+import pytest
+
+from benchmarks.ports import held_port
+from model.checkpoint import Header, read_header, save_checkpoint
+from model.mixture import Mixture
 from tests.deploy.manifests import ROOT, TRAINING, build, one, pods
 from tests.service.conftest import PATIENCE_S
 from tests.training.conftest import SETTINGS
 from training.cli import _parser
+from training.recipe import RECIPES
+
+COLOURS = ("red", "green", "blue")
 
 
 def test_job_and_train_job_run_one_command_that_exists() -> None:
@@ -39,13 +46,25 @@ def test_job_and_train_job_run_one_command_that_exists() -> None:
             assert path.is_relative_to(mount["mountPath"])
 
 
-def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path) -> None:
+def untrained(path: Path) -> Path:
+    """Write a checkpoint of the architecture that ``SETTINGS`` and the colours ask for."""
+    recipe = RECIPES["compact"].with_setting("architecture.width=4").with_setting("architecture.gate_width=4")
+    architecture = recipe.for_data(len(COLOURS), 8, 8).architecture
+    save_checkpoint(path, Mixture(architecture).eval(), Header(architecture, COLOURS, weights_sha256=""))
+    return path
+
+
+@pytest.fixture
+def master_port() -> Iterator[int]:
+    with held_port() as port:
+        yield port
+
+
+def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path, master_port: int) -> None:
     job = one(build("training/job"), "Job", "palisade-train")["spec"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     here = {
         "--master-addr": "127.0.0.1",
-        "--master-port": str(port),
+        "--master-port": str(master_port),
         "--recipe": "compact",
         "--data": str(colour_file),
         "--run": str(tmp_path / "run"),
@@ -53,6 +72,7 @@ def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path) -> None
         "--device": "cpu",
     }
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    settings += ["--init", str(untrained(tmp_path / "init.safetensors")), "--n", "6"]  # experts come one by one: minutes
     nodes = []
     for index in range(job["completions"]):
         arguments = []
@@ -64,6 +84,12 @@ def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path) -> None
         command = [sys.executable, "-m", "torch.distributed.run", *arguments, *settings]
         nodes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     assert here == {}  # every option was there to be replaced
-    said = [node.communicate(timeout=PATIENCE_S)[1] for node in nodes]
+    try:
+        said = [node.communicate(timeout=PATIENCE_S)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert read_header(tmp_path / "made.safetensors").class_names == ("red", "green", "blue")
+    header = read_header(tmp_path / "made.safetensors")
+    assert header.class_names == COLOURS
+    assert header.recipe["joint_training_steps"] == 2

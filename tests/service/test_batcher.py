@@ -511,6 +511,15 @@ def test_every_answer_belongs_to_its_caller_under_any_interleaving(
     asyncio.run(_interleave(steps, batch, delay, lanes))
 
 
+async def end(bench: Bench, tasks: list[asyncio.Task[np.ndarray]]) -> None:
+    """Let the engine finish and time pass until every task is done, and what was cancelled while the engine had it."""
+    for _ in range(200):
+        await bench.engine.finish()
+        await bench.clock.advance(1.0)
+        if all(task.done() for task in tasks) and not bench.engine.busy:
+            return
+
+
 async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float, lanes: int) -> None:
     async with Bench(batch=batch, delay=delay, queue=20, automatic=False, lanes=lanes) as bench:
         sent: list[tuple[list[int], asyncio.Task[np.ndarray]]] = []
@@ -534,9 +543,7 @@ async def _interleave(steps: list[tuple[str, int]], batch: int, delay: float, la
             assert 0 <= bench.batcher.queued_images <= 20
             assert bench.engine.busy <= lanes
             assert not bench.engine.disturbed
-        for _ in range(200):
-            await bench.engine.finish()
-            await bench.clock.advance(1.0)
+        await end(bench, [task for _, task in sent])
         for mine, task in sent:
             assert task.done(), "a request was never answered"
             if not task.cancelled() and task.exception() is None:

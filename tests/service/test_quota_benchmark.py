@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
-from tests.service.conftest import PATIENCE_S, ROOT
+import pytest
+
+from benchmarks import limiter
 from tests.service.redis_server import needs_redis
 
 
 @needs_redis
-def test_the_limiters_benchmark_compares_memory_and_redis_with_the_aims() -> None:
-    command = [sys.executable, "-m", "benchmarks.limiter", "--rounds", "2", "--charges", "30", "--rate", "1000"]
-    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
-    *_, verdict, last = printed.splitlines()
+def test_the_limiters_benchmark_compares_memory_and_redis_with_the_aims(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(limiter, "WARM_UP", 50)
+    monkeypatch.setattr(sys, "argv", ["limiter", "--rounds", "2", "--charges", "30", "--rate", "1000"])
+    limiter.main()
+    *_, verdict, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert list(result["loads"]) == [
         "memory, one after another",

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -286,19 +285,34 @@ def test_a_checkpoint_trained_at_another_temperature_answers_as_its_training_end
     torch.testing.assert_close(stored, 4 * ended)
 
 
+KILLED = """
+import os, signal, sys
+import training.pretrain, training.stage
+from training.cli import main
+loss, calls = training.pretrain.mixture_cross_entropy, iter(range(1000))
+
+def killed(*arguments):
+    if next(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(*arguments)
+
+training.stage.SAVE_EVERY = 2
+training.pretrain.mixture_cross_entropy = killed
+main(sys.argv[1:])
+"""
+
+
 def test_a_process_killed_in_the_middle_leaves_what_the_next_one_needs(tiny_run: TinyRun, tmp_path: Path) -> None:
     def arguments(folder: Path) -> list[str]:
-        long = ["--set", "pretrain.epochs=40", "--experts", "1", "--threads", "1"]
-        return ["pretrain", *tiny_run.arguments(folder), *long]
+        return ["pretrain", *tiny_run.arguments(folder), "--set", "pretrain.epochs=4", "--experts", "1"]
 
     state = tmp_path / "broken" / "expert-1.safetensors"
-    command = [sys.executable, "-m", "training.cli", *arguments(tmp_path / "broken")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]) as process:
-        while not state.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, *arguments(tmp_path / "broken")]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    taken = RunFolder(tmp_path / "broken").load("expert-1")
+    assert taken is not None
+    assert taken[1]["step"] == 4, "of eight"
     assert main(arguments(tmp_path / "broken")) == 0
     assert main(arguments(tmp_path / "whole")) == 0
     assert same(state, tmp_path / "whole" / "expert-1.safetensors")

@@ -12,15 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.service.conftest import PATIENCE_S, ROOT
+from tests.training import gradients
 from training.worker import Stop, Worker, started
 
 
 def momenta(folder: Path, workers: int, accumulate: int) -> Path:
     """Return the folder with what so many processes wrote: one momentum for each case of :mod:`tests.training.gradients`."""
     folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
+    if workers == 1:
+        gradients.main(folder, accumulate)
+        return folder
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
     command = [sys.executable, *launch, "-m", "tests.training.gradients", str(folder), str(accumulate)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return folder
 
