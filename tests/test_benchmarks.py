@@ -28,6 +28,7 @@ from model import load_checkpoint
 from model.checkpoint import read_header
 from model.tensors import stored_shapes
 from service.settings import Settings
+from tests.service.conftest import PATIENCE_S
 
 ARMS = "baseline;baseline, twice the epochs;CutMix, alpha 1;joint: baseline;joint: logits mixed;joint: top-2 in training"
 
@@ -279,7 +280,7 @@ def test_a_service_tells_what_it_has_done(tmp_path: Path, one_thread: None) -> N
 
 
 def test_the_bare_path_counts_the_calls_of_all_threads() -> None:
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=PATIENCE_S)
     calls = itertools.count()
 
     def call() -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATIENCE_S = 300  # a limit for a machine that is busy with something else; nothing ever waits that long for its own sake
+UNHURRIED = {f"{what}_deadline_ms": str(1000 * PATIENCE_S) for what in ("request", "body", "drain")}
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -123,7 +124,7 @@ async def serve_in_process(engine: SharedEngine, spans: Tracing | None = None, *
     from service.scheduler import Scheduler
 
     metrics = Metrics()
-    chosen = Settings(**{"limits": "off", **settings})
+    chosen = Settings(**{"limits": "off", **UNHURRIED, **settings})
     service = Service(chosen, engine.header, Scheduler(chosen, engine, metrics), metrics, spans)
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -142,7 +143,7 @@ class RunningServer:
     """``palisade-serve run`` in a process of its own, started and stopped as an operator does."""
 
     def __init__(self, directory: Path, **settings: str) -> None:
-        ours = {"port": "0", "metrics_port": "0", "device": "cpu", "threads": "1", **settings}
+        ours = {"port": "0", "metrics_port": "0", "device": "cpu", "threads": "1", **UNHURRIED, **settings}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PALISADE_")}
         environment |= {f"PALISADE_{name.upper()}": value for name, value in ours.items()}
         self._log = directory / "stderr"
@@ -155,7 +156,7 @@ class RunningServer:
             self.port = int(self._wait_for_line(r"(?:Uvicorn running|listening) on http://127\.0\.0\.1:([0-9]+)"))
             self.url = f"http://127.0.0.1:{self.port}"
             self._metrics_port = self._wait_for_line(r"metrics on http://127\.0\.0\.1:([0-9]+)")
-            eventually(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, "ready")
+            eventually(lambda: httpx.get(f"{self.url}/readyz", timeout=PATIENCE_S).status_code == 200, "ready")
         except BaseException:
             self.process.kill()
             self.process.wait()

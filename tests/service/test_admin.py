@@ -388,10 +388,10 @@ def test_the_port_needs_the_key(single: RunningServer) -> None:
     wrong += [{"Authorization": KEY}, {"Authorization": "Bearer"}, {"X-API-Key": KEY}]
     for headers in wrong:
         for method, path in ROUTES:
-            reply = httpx.request(method, url + path, headers=headers)
+            reply = httpx.request(method, url + path, headers=headers, timeout=PATIENCE_S)
             assert (reply.status_code, reply.headers["content-type"]) == (401, "application/problem+json"), headers
             assert KEY not in reply.text
-    assert httpx.get(f"{url}/status", headers={"Authorization": f"Bearer {KEY}"}).json()["ready"] is True
+    assert httpx.get(f"{url}/status", headers={"Authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S).json()["ready"] is True
     assert KEY not in single.log_text()
 
 
@@ -402,9 +402,9 @@ def test_nothing_of_it_is_reachable_on_the_other_ports(single: RunningServer, do
         before = door.get("/status").json()["last_reload"]
         for method, path in ROUTES:
             for prefix in ("", "/admin", "/v1", "/v2"):
-                reply = httpx.request(method, single.url + prefix + path, headers=headers, json={})
+                reply = httpx.request(method, single.url + prefix + path, headers=headers, json={}, timeout=PATIENCE_S)
                 assert reply.status_code in (404, 405), f"{prefix}{path}"
-            assert "uptime_s" not in httpx.request(method, metrics + path, headers=headers).text
+            assert "uptime_s" not in httpx.request(method, metrics + path, headers=headers, timeout=PATIENCE_S).text
         assert door.get("/status").json()["last_reload"] == before
 
 

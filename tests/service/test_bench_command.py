@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.client_cost import Answering, serving
+from benchmarks.ports import held_port
 from service.cli import main
 from service.load.connection import Target
 from service.load.measurement import ClosedLoop, OpenLoop, closed_loop
@@ -40,11 +42,11 @@ def test_the_service_counts_what_the_client_counts(
     server: RunningServer, capsys: pytest.CaptureFixture[str], protocol: str, images: int
 ) -> None:
     before = server.metric("palisade_predictions_total")
-    arguments = ["--protocol", protocol, "--images-per-request", str(images), "--connections", "2", "--seconds", "0.2"]
+    arguments = ["--protocol", protocol, "--images-per-request", str(images), "--connections", "2", "--seconds", "0.5"]
     found = bench(capsys, server.url, *arguments)
     assert found["statuses"] == {"200": found["requests"]}
     assert server.metric("palisade_predictions_total") - before == (found["requests"] + 1) * images  # one to see that it works
-    assert 0 < found["images_per_s"] <= found["requests"] * images / 0.2
+    assert 0 <= found["images_per_s"] <= found["requests"] * images / 0.5  # of what was answered within the time
     latency = list(found["latency_ms"].values())
     assert latency == sorted(latency)
     assert (found["loop"], found["distinct_images"]) == ("closed", 32 // images * images)
@@ -70,7 +72,7 @@ def test_refusals_are_counted_apart_and_the_key_is_sent(tmp_path: Path, capsys: 
     key = tmp_path / "key"
     key.write_text("palisade_a_b")
     with scripted(answer) as (url, seen):
-        arguments = [f"{url}/behind/a/proxy", "--connections", "1", "--seconds", "0.2", "--key-file", str(key)]
+        arguments = [f"{url}/behind/a/proxy", "--connections", "1", "--seconds", "0.5", "--key-file", str(key)]
         assert main(["bench", "--json", *arguments]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
@@ -87,7 +89,9 @@ def test_a_service_that_does_not_answer_is_told(capsys: pytest.CaptureFixture[st
     with scripted(lambda sent: (200, {}, MODEL) if sent.method == "GET" else (401, {}, {"detail": "no key"})) as (url, _):
         assert main(["bench", url]) == 1
         assert "no key" in capsys.readouterr().err
-    assert main(["bench", url]) == 1  # nobody listens there any more
+    with held_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        assert main(["bench", url]) == 1
     assert url in capsys.readouterr().err
     assert main(["bench", "ftp://somewhere"]) == 2
     with pytest.raises(SystemExit, match="2"):
@@ -129,11 +133,11 @@ def test_lost_connections_are_counted_and_opened_again() -> None:
                 closed.append(self)
                 assert self.transport is not None
                 self.transport.close()
-            else:
-                super().answer(body)
+            else:  # in a while: the time is long for the sake of a busy machine
+                asyncio.get_running_loop().call_later(0.1, super().answer, body)
 
     with serving(Fickle) as url:
-        seen = closed_loop(url, single_images(2), 2, 0.5)
+        seen = closed_loop(url, single_images(2), 2, 2.0)
     assert seen.status.tolist().count(0) == 2
     assert seen.connections == 4
     assert set(seen.status.tolist()) == {0, 200}

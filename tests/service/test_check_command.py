@@ -11,7 +11,7 @@ import pytest
 
 from model.checkpoint import read_header
 from service.cli import main
-from tests.service.redis_server import PASSWORD, RedisServer, needs_redis
+from tests.service.redis_server import PASSWORD, needs_redis, redis_server
 
 
 @pytest.fixture
@@ -102,13 +102,10 @@ def test_admin_doors_that_run_would_not_open_are_told_and_both_are_shown(
 def test_a_store_that_is_up_is_no_problem(
     tmp_path: Path, settings: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    redis = RedisServer(tmp_path)
-    try:
+    settings.setenv("PALISADE_LIMITER_TIMEOUT_MS", "10000")
+    with redis_server(tmp_path) as redis:
         settings.setenv("PALISADE_LIMITER_STORE", redis.url)
         status, found, err = check(capsys)
-    finally:
-        redis.kill()
-        redis.client.close()
     assert (status, found["store"]) == (0, f"127.0.0.1:{redis.port}")
     assert PASSWORD not in json.dumps(found) + err
 

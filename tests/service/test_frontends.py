@@ -215,7 +215,7 @@ def test_process_metrics_are_of_all_processes(family: Family) -> None:
     assert family.metric("process_resident_memory_bytes") == pytest.approx(sum(pages) * os.sysconf("SC_PAGE_SIZE"), rel=0.1)
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     cpu_s = sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
-    assert family.metric("process_cpu_seconds_total") >= cpu_s
+    assert family.metric("process_cpu_seconds_total") > cpu_s - 1e-6  # sums of the same, in another order
 
 
 def in_engine(family: Family, client: httpx.Client, threads: ThreadPoolExecutor) -> Future[httpx.Response]:
@@ -241,7 +241,7 @@ def test_a_killed_engine_is_replaced_and_only_its_batch_is_refused(
     with stopped(family.engine()):  # it takes seconds to be warm
         assert try_later(in_batch.result())
         with family.client() as probe:
-            assert try_later(probe.get("/readyz"))
+            eventually(lambda: try_later(probe.get("/readyz")), "this front end knows, too")
             assert probe.get("/healthz").status_code == 200
         assert family.metric("palisade_ready") == 0
         assert not waiting.done()
@@ -259,7 +259,11 @@ def test_a_killed_engine_is_replaced_and_only_its_batch_is_refused(
 
 
 def memory_files(pid: int) -> int:
-    return sum("memfd:palisade" in os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir())
+    found = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a connection that has just been closed
+            found += "memfd:palisade" in os.readlink(file)
+    return found
 
 
 def test_a_killed_front_end_takes_nobody_with_it_and_is_replaced(
@@ -288,7 +292,7 @@ def test_a_killed_front_end_takes_nobody_with_it_and_is_replaced(
         assert client.get("/readyz").status_code == 200
     assert left(third) == QUOTA - 6, "the lost requests stay charged"
     assert family.queued() == 0
-    assert memory_files(family.process.pid) == files
+    eventually(lambda: memory_files(family.process.pid) == files, "its memory has gone with it")
 
 
 def test_sigterm_answers_everything_accepted_and_leaves_no_process(checkpoint: Path, tmp_path: Path) -> None:

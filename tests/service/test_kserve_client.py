@@ -24,7 +24,9 @@ SEEDS = (3, 4)
 def test_the_kserve_client_gets_the_answers_that_v1_gives(server: RunningServer, tmp_path: Path) -> None:
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON.relative_to(ROOT)} is missing; run 'make clients'")
-    reply = httpx.post(f"{server.url}/v1/classify", json={"images": [base64_text(encode(noise(seed))) for seed in SEEDS]})
+    reply = httpx.post(
+        f"{server.url}/v1/classify", json={"images": [base64_text(encode(noise(seed))) for seed in SEEDS]}, timeout=PATIENCE_S
+    )
     plain = reply.json()["predictions"]
     scores = np.array([[prediction["scores"][label] for label in LABELS] for prediction in plain], np.float32)
     file = tmp_path / "pixels.npz"

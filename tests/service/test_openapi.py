@@ -29,12 +29,15 @@ def described(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def document(described: RunningServer) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{described.url}/openapi.json").json()
+    found: dict[str, Any] = httpx.get(f"{described.url}/openapi.json", timeout=PATIENCE_S).json()
     return found
 
 
 def test_the_service_does_what_its_document_says(described: RunningServer, tmp_path: Path) -> None:
-    version, report_file = httpx.get(f"{described.url}/v1/model").json()["version"], tmp_path / "report.json"
+    version, report_file = (
+        httpx.get(f"{described.url}/v1/model", timeout=PATIENCE_S).json()["version"],
+        tmp_path / "report.json",
+    )
     ran = subprocess.run(
         [SCHEMATHESIS, "--config-file", CONFIG, "run", f"{described.url}/openapi.json", "--report-json-path", report_file],
         cwd=tmp_path,
@@ -93,8 +96,8 @@ def test_the_examples_of_answers_are_what_the_embedded_model_says(document: dict
     sent, said = _example(classify["requestBody"], "an image"), _example(classify["responses"]["200"])
     sent_v2, said_v2 = _example(infer["requestBody"], "an image file"), _example(infer["responses"]["200"])
     with RunningServer(tmp_path, limits="off") as running:
-        (prediction,) = httpx.post(f"{running.url}/v1/classify", json=sent).json()["predictions"]
-        reply = httpx.post(f"{running.url}/v2/models/palisade/infer", json=sent_v2).json()
+        (prediction,) = httpx.post(f"{running.url}/v1/classify", json=sent, timeout=PATIENCE_S).json()["predictions"]
+        reply = httpx.post(f"{running.url}/v2/models/palisade/infer", json=sent_v2, timeout=PATIENCE_S).json()
     (expected,) = said["predictions"]
     assert (prediction["label"], prediction["index"]) == (expected["label"], expected["index"])
     assert prediction["scores"] == pytest.approx(expected["scores"], abs=0.011)
@@ -114,7 +117,7 @@ def _example(holder: dict[str, Any], name: str = "") -> Any:
 
 
 def test_the_document_holds_no_key_no_docstring_and_no_other_address(described: RunningServer) -> None:
-    text = httpx.get(f"{described.url}/openapi.json").text
+    text = httpx.get(f"{described.url}/openapi.json", timeout=PATIENCE_S).text
     assert "Raises:" not in text, "a docstring is for who reads the code"
     assert not KEY_TEXT.search(text)
     assert "http://" not in text
@@ -123,6 +126,6 @@ def test_the_document_holds_no_key_no_docstring_and_no_other_address(described: 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2/models/palisade/", "/v1/model/", "/healthz/"])
 def test_a_slash_too_many_is_the_404_that_the_document_says(described: RunningServer, path: str) -> None:
-    reply = httpx.get(f"{described.url}{path}")
+    reply = httpx.get(f"{described.url}{path}", timeout=PATIENCE_S)
     assert reply.status_code == 404
     assert reply.headers["content-type"] == ("application/json" if path.startswith("/v2") else "application/problem+json")

@@ -48,7 +48,9 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("the page's tests need Chromium: apt-get install chromium")
     with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=[*QUIET.split(), "--disable-sync"])
+        chromium = running.chromium.launch(
+            executable_path=CHROMIUM, args=[*QUIET.split(), "--disable-sync"], timeout=1000 * PATIENCE_S
+        )
         yield chromium
         chromium.close()
 
@@ -174,14 +176,15 @@ def test_a_chosen_file_is_answered_with_bars_time_quota_and_the_same_in_curl(
 
 def test_the_apis_documentation_shows_every_route_and_asks_nobody_else(browser: Browser, demo: RunningServer) -> None:
     context = browser.new_context(viewport=DESKTOP)
+    context.set_default_timeout(1000 * PATIENCE_S)
     page, asked, troubles = context.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.goto(f"{demo.url}/docs")
-    routes = httpx.get(f"{demo.url}/openapi.json").json()["paths"]
-    page.locator(".opblock").nth(sum(map(len, routes.values())) - 1).wait_for(timeout=1000 * PATIENCE_S)
+    routes = httpx.get(f"{demo.url}/openapi.json", timeout=PATIENCE_S).json()["paths"]
+    page.locator(".opblock").nth(sum(map(len, routes.values())) - 1).wait_for()
     page.get_by_text("/v1/classify", exact=True).click()
-    page.locator(".opblock-body .example").first.wait_for(timeout=1000 * PATIENCE_S)
+    page.locator(".opblock-body .example").first.wait_for()
     shoot(page, "docs")
     context.close()
     assert [url for url in asked if not url.startswith((f"{demo.url}/", "data:", "blob:"))] == []
@@ -227,7 +230,9 @@ def test_what_cannot_be_classified_is_explained(visit: Visit, demo: RunningServe
     (tmp_path / "notes.txt").write_text("to do: everything")
     choose(page, CAT, tmp_path / "notes.txt")
     page.get_by_role("alert").wait_for()
-    refused = httpx.post(f"{demo.url}/v1/classify", files=[("file", CAT.read_bytes()), ("file", b"to do: everything")])
+    refused = httpx.post(
+        f"{demo.url}/v1/classify", files=[("file", CAT.read_bytes()), ("file", b"to do: everything")], timeout=PATIENCE_S
+    )
     said = page.locator("#answer .detail").inner_text()
     assert refused.json()["detail"] in said[0].lower() + said[1:]
     assert not page.get_by_role("button", name="Try again").is_visible()  # it would only fail again
@@ -406,21 +411,23 @@ def test_files_come_with_their_type_a_strict_policy_and_a_tag(demo: RunningServe
         "/page/images/cat.png": "image/png",
         "/page/images/mark.svg": "image/svg+xml",
     }.items():
-        answer = httpx.get(demo.url + path)
+        answer = httpx.get(demo.url + path, timeout=PATIENCE_S)
         assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
         policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
-        again = httpx.get(demo.url + path, headers={"If-None-Match": f'"other", W/{answer.headers["etag"]}'})
+        again = httpx.get(
+            demo.url + path, headers={"If-None-Match": f'"other", W/{answer.headers["etag"]}'}, timeout=PATIENCE_S
+        )
         assert (again.status_code, again.content) == (304, b"")
-        assert httpx.get(demo.url + path, headers={"If-None-Match": '"other"'}).content == answer.content
+        assert httpx.get(demo.url + path, headers={"If-None-Match": '"other"'}, timeout=PATIENCE_S).content == answer.content
 
 
 @pytest.mark.parametrize("path", ["", "__init__.py", "index.html/", "../app.py", "..%2fapp.py", "%2e%2e/settings.py", "images"])
 def test_nothing_but_the_pages_files_is_served(demo: RunningServer, path: str) -> None:
-    answer = httpx.get(httpx.URL(demo.url, raw_path=f"/page/{path}".encode()))
+    answer = httpx.get(httpx.URL(demo.url, raw_path=f"/page/{path}".encode()), timeout=PATIENCE_S)
     assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
 
 

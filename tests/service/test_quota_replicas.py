@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ pytestmark = needs_redis
 
 QUOTA = 50
 SECRET = "pepper-and-salt"
-RECOVERY_S = 5
 PNG = encode(noise(0))
 
 
@@ -45,7 +43,7 @@ def replicas(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "precision": "float32",
             "limiter_store": store.url,
             "limiter_secret": SECRET,
-            "limiter_timeout_ms": "2000",
+            "limiter_timeout_ms": "10000",
             "tier_anonymous_watch": "off",
             "tier_anonymous_limits": f"{QUOTA}/minute;{QUOTA}/day",
             "request_deadline_ms": str(1000 * PATIENCE_S),
@@ -159,13 +157,10 @@ def test_a_store_that_is_killed_and_restarted_under_load_fails_no_request(replic
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["type"] == "urn:palisade:problem:quota-unknown"
         assert closed.metric("palisade_limiter_fallback_total", decision="closed") >= 1
-        assert httpx.get(f"{closed.url}/readyz").status_code == 200
+        assert httpx.get(f"{closed.url}/readyz", timeout=PATIENCE_S).status_code == 200
 
         store.start()
-        gives_up = time.monotonic() + RECOVERY_S
-        while not (store_up(opened) and store_up(closed)):
-            assert time.monotonic() < gives_up, f"no recovery within {RECOVERY_S} s"
-            time.sleep(0.05)
+        eventually(lambda: store_up(opened) and store_up(closed), "both have recovered")
         more(seen, 20)
     assert set(seen) == {200}
     assert ask(closed, address, *[PNG] * (QUOTA - 3)).status_code == 200  # the store is new

@@ -38,7 +38,7 @@ def run(snippet: str, server: RunningServer) -> list[str]:
 def cat(server: RunningServer) -> dict[str, object]:
     """What the server says of the picture that all snippets ask about."""
     image = (ROOT / "docs" / "samples" / "cat.png").read_bytes()
-    reply = httpx.post(f"{server.url}/v1/classify", content=image, headers={"Content-Type": "image/png"})
+    reply = httpx.post(f"{server.url}/v1/classify", content=image, headers={"Content-Type": "image/png"}, timeout=PATIENCE_S)
     prediction: dict[str, object] = reply.json()["predictions"][0]
     return prediction
 

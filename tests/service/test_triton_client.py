@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.service.conftest import LABELS, RunningServer
+from tests.service.conftest import LABELS, PATIENCE_S, RunningServer
 from tests.service.pictures import base64_text, encode, noise, pixels
 
 triton = pytest.importorskip("tritonclient.http")
@@ -33,14 +33,14 @@ def client(server: RunningServer) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def version(server: RunningServer) -> str:
-    found: str = httpx.get(f"{server.url}/v1/model").json()["version"]
+    found: str = httpx.get(f"{server.url}/v1/model", timeout=PATIENCE_S).json()["version"]
     return found
 
 
 @pytest.fixture(scope="module")
 def plain(server: RunningServer) -> list[dict[str, Any]]:
     """What v1 says of the same pictures."""
-    reply = httpx.post(f"{server.url}/v1/classify", json={"images": [base64_text(file) for file in FILES]})
+    reply = httpx.post(f"{server.url}/v1/classify", json={"images": [base64_text(file) for file in FILES]}, timeout=PATIENCE_S)
     predictions: list[dict[str, Any]] = reply.json()["predictions"]
     assert len({prediction["confidence"] for prediction in predictions}) > 1, "pictures that look alike would prove nothing"
     return predictions
@@ -130,7 +130,10 @@ def test_a_long_reply_is_compressed_as_the_client_asks(server: RunningServer) ->
     files = {"name": "image_bytes", "datatype": "BYTES", "shape": [40], "data": [base64_text(FILES[0])] * 40}
     for algorithm in ("gzip", "deflate"):
         reply = httpx.post(
-            f"{server.url}/v2/models/palisade/infer", json={"inputs": [files]}, headers={"Accept-Encoding": algorithm}
+            f"{server.url}/v2/models/palisade/infer",
+            json={"inputs": [files]},
+            headers={"Accept-Encoding": algorithm},
+            timeout=PATIENCE_S,
         )
         assert reply.headers["content-encoding"] == algorithm
         assert reply.json()["outputs"][1]["shape"] == [40]
@@ -227,7 +230,7 @@ def test_the_client_understands_why_it_is_refused(client: Any) -> None:
      ("POST", "/v2/models/x%00/infer", 404), ("GET", "/v2/models/palisade/versions/1/config", 404)],
 )  # fmt: skip
 def test_every_refusal_is_json_with_an_error(server: RunningServer, method: str, path: str, status: int) -> None:
-    reply = httpx.request(method, f"{server.url}{path}")
+    reply = httpx.request(method, f"{server.url}{path}", timeout=PATIENCE_S)
     assert reply.status_code == status
     assert reply.headers["content-type"] == "application/json"
     assert list(reply.json()) == ["error"]
@@ -251,7 +254,7 @@ def test_bodies_that_no_client_sends_are_refused(server: RunningServer) -> None:
         (400, b"[" * 50_000, {}),
         (400, b'{"inputs": ' * 5000, {}),
     ]
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
         for status, body, headers in bad:
             reply = client.post("/v2/models/palisade/infer", content=body, headers=headers)
             assert reply.status_code == status, reply.text

@@ -19,7 +19,7 @@ from service.metrics import FOLDER, Metrics
 from service.v2.metadata import ModelCard, configuration, describe_model, describe_server
 from service.v2.routes import Counted
 from service.v2.statistics import statistics
-from tests.service.conftest import SharedEngine, serve_in_process
+from tests.service.conftest import PATIENCE_S, SharedEngine, serve_in_process
 from tests.service.watch.pictures import photos
 from tests.service.watch.test_watched_service import OPEN, Unsure, infer
 
@@ -123,7 +123,7 @@ class Slow(Collector):
     def collect(self) -> Iterator[Metric]:
         self.reads += 1
         self.begun.set()
-        self.gave_up |= not self.go_on.wait(2)
+        self.gave_up |= not self.go_on.wait(PATIENCE_S)
         yield from ()
 
 
