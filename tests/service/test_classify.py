@@ -268,7 +268,7 @@ def test_clients_that_vanish_do_not_disturb_the_others(server: RunningServer, cl
         together += [pool.submit(ask, image) for image in images[8:]]
     for future, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(future.result(), expected, atol=0.02)
-    eventually(lambda: ended() == ended_before + len(images) + 8, "the requests of the vanished clients are over")
+    eventually(lambda: ended() >= ended_before + len(images) + 8, "the requests of the vanished clients are over")
     assert gone() >= before + 4
     eventually(lambda: server.metric("palisade_queue_images") == 0, "no queue place is held for the vanished clients")
     ask(images[0])  # with its answer, the engine is done with theirs, and has counted them
