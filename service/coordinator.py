@@ -69,19 +69,19 @@ class Coordinator:
         self._front_ends: set[_FrontEnd] = set()
         self._burials: set[asyncio.Future[None]] = set()
         self._draining = False
+        self._stop = asyncio.Event()
         self._all_gone = asyncio.Event()
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT, drain, and return the exit status.
+        """Serve until SIGTERM or SIGINT, leave, drain, and return the exit status.
 
         Raises:
             CheckpointError: The checkpoint cannot be used.
             EngineFailedError: The engine cannot be started for another reason.
         """
         loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
         for each in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(each, stop.set)
+            loop.add_signal_handler(each, self._signalled, each)
         try:
             await self.engine.start()
             await self._scheduler.start()
@@ -92,7 +92,7 @@ class Coordinator:
             host, port = self._listener.getsockname()[:2]
             log.info("listening on http://%s:%d with %d front ends", host, port, self._settings.frontends)
             async with self._admin_server.serve(self._admin.asgi):
-                await stop.wait()
+                await self._stop.wait()
                 log.info("draining")
                 await self._drain()
         finally:
@@ -133,6 +133,18 @@ class Coordinator:
         if callers:
             await asyncio.wait([asyncio.ensure_future(caller.knows.wait()) for caller in callers], timeout=PATIENCE_S)
 
+    def _signalled(self, number: signal.Signals) -> None:
+        """Leave first, if there is a delay; a second signal ends it."""
+        delay_s = self._settings.drain_delay_ms / 1000
+        if number != signal.SIGTERM or not delay_s or not self._scheduler.is_ready:
+            self._stop.set()
+            return
+        log.info("SIGTERM: leaving")
+        self._scheduler.turn_unready()
+        for front_end in self._front_ends:
+            front_end.caller.tell_leave()
+        asyncio.get_running_loop().call_later(delay_s, self._stop.set)
+
     async def _drain(self) -> None:
         """Let every front end finish what it has accepted; kill those that take too long."""
         self._draining = True
@@ -163,6 +175,8 @@ class Coordinator:
         await caller.wire.open(ours)
         caller.tell_up(self.engine.is_up)
         caller.tell_version(self.engine.version)  # another may have come into use since
+        if not self._scheduler.is_ready:
+            caller.tell_leave()
 
     def _fork_front_end(self, memory: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         ours, theirs = socket.socketpair()
@@ -203,7 +217,7 @@ class Coordinator:
                 return
 
     def _tell_up(self) -> None:
-        self._metrics.ready.set(int(self.engine.is_up and not self._draining))
+        self._metrics.ready.set(int(self._scheduler.is_ready and self.engine.is_up))
         for front_end in self._front_ends:
             front_end.caller.tell_up(self.engine.is_up)
 

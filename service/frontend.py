@@ -33,8 +33,12 @@ def main() -> int:
         service.turn_unready()
         server.should_exit = True
 
+    def leave() -> None:
+        service.turn_unready()
+        server.leave()
+
     slab, version = Slab(options.memory, slots, header.architecture), header.weights_sha256[:VERSION_DIGITS]
-    scheduler = RemoteScheduler(lambda end: end.open(wire), slab, slots, stop, version)
+    scheduler = RemoteScheduler(lambda end: end.open(wire), slab, slots, leave, stop, version)
     service = Service(settings, header, scheduler, Metrics(), tracing_of(settings))
     server = HttpServer(settings, service, on_signal=None)
     server.run(sockets=[socket.socket(fileno=options.listen)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -39,13 +41,31 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(config)
         self._on_signal = on_signal
+        self._delay_s = settings.drain_delay_ms / 1000
+        self._leaves_at: float | None = None
+
+    def leave(self) -> None:
+        """Go on answering, but tell every caller to take its connection elsewhere."""
+        close = (b"connection", b"close")
+        self.config.encoded_headers.append(close)  # from the next tick on; until then:
+        self.server_state.default_headers = [*self.server_state.default_headers, close]
+
+    async def on_tick(self, counter: int) -> bool:
+        """Start draining when the delay is over; called ten times a second."""
+        if self._leaves_at is not None and time.monotonic() >= self._leaves_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining: the listening socket closes, accepted requests finish."""
+        """Leave, if there is a delay, or start draining: the listening socket closes, accepted requests finish."""
         del frame
         if self._on_signal is None:
             return
         self._on_signal(sig)
+        if sig == signal.SIGTERM and self._delay_s and self._leaves_at is None:
+            self._leaves_at = time.monotonic() + self._delay_s
+            self.leave()
+            return
         # As uvicorn's own, but without keeping the signal to raise it again after a clean stop.
         self.force_exit = self.should_exit
         self.should_exit = True

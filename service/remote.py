@@ -46,6 +46,7 @@ class RemoteScheduler:
         open_wire: Opens the wire, given what to do with messages and when it closes.
         slab: Shared with the scheduler's process.
         slots: The slab's.
+        on_leave: Called when this front end is to send its callers elsewhere, and go on meanwhile.
         on_drain: Called when this front end is to finish what it has and stop.
         version: The model's version, until another is told.
 
@@ -54,12 +55,19 @@ class RemoteScheduler:
     """
 
     def __init__(
-        self, open_wire: Callable[[Wire], Any], slab: Slab, slots: int, on_drain: Callable[[], None], version: str = ""
+        self,
+        open_wire: Callable[[Wire], Any],
+        slab: Slab,
+        slots: int,
+        on_leave: Callable[[], None],
+        on_drain: Callable[[], None],
+        version: str = "",
     ) -> None:
         self.version = version
         self._open_wire = open_wire
         self._slab = slab
         self._free = list(range(slots))
+        self._on_leave = on_leave
         self._on_drain = on_drain
         self._up = False
         self._is_lost = False
@@ -157,6 +165,8 @@ class RemoteScheduler:
         elif what == "version":
             (self.version,) = rest
             self._wire.send(["knows", 0, self.version])
+        elif what == "leave":
+            self._on_leave()
         elif what == "drain":
             self._on_drain()
         else:
@@ -214,6 +224,10 @@ class RemoteCaller:
         self.knows.clear()
         self._told_version = version
         self.wire.send(["version", version])
+
+    def tell_leave(self) -> None:
+        """Say that callers should go elsewhere."""
+        self.wire.send(["leave"])
 
     def tell_drain(self) -> None:
         """Say that it is time to stop."""

@@ -65,7 +65,10 @@ class Settings(BaseSettings):
     max_queue_images: int = Field(512, ge=1, description="Images that may wait; beyond it requests get 503 at once.")
     request_deadline_ms: float = Field(10_000, gt=0, description="A request older than this gets 504.")
     body_deadline_ms: float = Field(10_000, gt=0, description="A body that takes longer to arrive gets 408.")
-    drain_deadline_ms: float = Field(20_000, gt=0, description="How long SIGTERM waits for accepted requests.")
+    drain_delay_ms: float = Field(
+        0, ge=0, description="How long SIGTERM leaves proxies to notice: /readyz is 503, and what still comes is answered."
+    )
+    drain_deadline_ms: float = Field(20_000, gt=0, description="How long it then waits for accepted requests.")
 
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="Largest request body.")
     max_in_flight_bytes: int = Field(256 * 2**20, ge=1, description="Bodies held at one time; beyond it requests get 503.")

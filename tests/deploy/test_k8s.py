@@ -103,11 +103,12 @@ def test_no_secret_is_in_the_repository(name: str) -> None:
 @pytest.mark.parametrize("name", [*SERVING, "components/kserve"])
 def test_a_pod_lives_until_it_has_drained(name: str) -> None:
     pod, settings = service_pod(build(name)), settings_of(build(name))
-    leaving_s = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    draining_s = settings.drain_deadline_ms / 1000
-    assert leaving_s >= 5
+    unknown_s = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]  # what a proxy may take to learn of it
+    leaving_s, draining_s = settings.drain_delay_ms / 1000, settings.drain_deadline_ms / 1000
+    assert unknown_s >= 5
+    assert leaving_s >= 1
     assert draining_s >= settings.request_deadline_ms / 1000
-    assert pod["terminationGracePeriodSeconds"] >= leaving_s + draining_s + 5
+    assert pod["terminationGracePeriodSeconds"] >= unknown_s + leaving_s + draining_s + 5
 
 
 @pytest.mark.parametrize("name", [*SERVING, "components/kserve"])

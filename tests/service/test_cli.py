@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.service.conftest import PATIENCE_S, ROOT, RunningServer, eventually
@@ -159,8 +160,39 @@ def refuses_connections(port: int) -> bool:
         return True
 
 
+def answers_and_sends_callers_elsewhere(server: RunningServer, open_before: httpx.Client) -> None:
+    """What a service with a long delay does once it was told to stop, however a caller's connection came about."""
+    eventually(lambda: httpx.get(f"{server.url}/readyz", timeout=PATIENCE_S).status_code == 503, "it is not ready any more")
+    for client in (open_before, open_before, httpx):  # the second time its connection is a new one
+        reply = client.post(
+            f"{server.url}/v1/classify", content=encode(noise(0)), headers={"Content-Type": "image/png"}, timeout=PATIENCE_S
+        )
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["Connection"] == "close"
+    assert httpx.get(f"{server.url}/healthz", timeout=PATIENCE_S).status_code == 200
+    assert server.metric("palisade_ready") == 0
+
+
+def test_after_sigterm_callers_are_sent_elsewhere_until_the_delay_is_over_or_a_second_signal_comes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        RunningServer(tmp_path, checkpoint=str(checkpoint), drain_delay_ms=str(1000 * PATIENCE_S)) as server,
+        server.client() as client,
+    ):
+        assert "Connection" not in client.get("/readyz").headers
+        server.process.send_signal(signal.SIGTERM)
+        answers_and_sends_callers_elsewhere(server, client)
+        slow = SlowRequest(server.port, encode(noise(0)))
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: refuses_connections(server.port), "no new connections are taken")
+        status, _ = slow.finish()
+        assert status.startswith(b"HTTP/1.1 200")
+        assert server.process.wait(PATIENCE_S) == 0
+
+
 def test_every_request_that_was_accepted_before_sigterm_is_answered(checkpoint: Path, tmp_path: Path) -> None:
-    with RunningServer(tmp_path, checkpoint=str(checkpoint)) as server:
+    with RunningServer(tmp_path, checkpoint=str(checkpoint), drain_delay_ms="1") as server:
         slow = [SlowRequest(server.port, encode(noise(seed))) for seed in range(8)]
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: refuses_connections(server.port), "no new connections are taken")

@@ -19,7 +19,13 @@ import pytest
 
 from tests.service.conftest import LABELS, PATIENCE_S, RunningServer, eventually
 from tests.service.pictures import MULTIPART, encode, multipart, noise
-from tests.service.test_cli import Failures, SlowRequest, bad_checkpoints, refuses_connections
+from tests.service.test_cli import (
+    Failures,
+    SlowRequest,
+    answers_and_sends_callers_elsewhere,
+    bad_checkpoints,
+    refuses_connections,
+)
 
 QUOTA = 12
 PNG = encode(noise(0))
@@ -119,6 +125,7 @@ def family(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         precision="float32",
         answer_cache_images="0",
         request_deadline_ms=str(1000 * PATIENCE_S),
+        drain_delay_ms="1",
         tier_anonymous_limits=f"{QUOTA}/day",
     ) as running:
         yield running
@@ -296,9 +303,16 @@ def test_a_killed_front_end_takes_nobody_with_it_and_is_replaced(
 
 
 def test_sigterm_answers_everything_accepted_and_leaves_no_process(checkpoint: Path, tmp_path: Path) -> None:
-    with Family(tmp_path, checkpoint=str(checkpoint), frontends="2") as family:
+    delay_ms = str(1000 * PATIENCE_S)
+    with (
+        Family(tmp_path, checkpoint=str(checkpoint), frontends="2", drain_delay_ms=delay_ms) as family,
+        family.client() as client,
+    ):
         children, folder = _children(family.process.pid), family.metrics_folder()
         assert len(children) == 3
+        assert "Connection" not in client.get("/readyz").headers
+        family.process.send_signal(signal.SIGTERM)
+        answers_and_sends_callers_elsewhere(family, client)
         slow = [SlowRequest(family.port, encode(noise(seed))) for seed in range(8)]
         family.process.send_signal(signal.SIGTERM)
         eventually(lambda: refuses_connections(family.port), "no new connections are taken")

@@ -70,10 +70,10 @@ class Pair:
         slots = slots or slots_of(chosen)
         memory = Slab.make_file(slots, TINY)
         self._ours, theirs = socket.socketpair()
-        self.closed, self.drained = asyncio.Event(), asyncio.Event()
+        self.closed, self.leaving, self.drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.caller = RemoteCaller(self.scheduler, Slab(memory, slots, TINY), self.closed.set)
         slab = HastySlab(memory, slots, TINY)
-        self.remote = RemoteScheduler(lambda wire: wire.open(theirs), slab, slots, self.drained.set)
+        self.remote = RemoteScheduler(lambda wire: wire.open(theirs), slab, slots, self.leaving.set, self.drained.set)
         os.close(memory)
 
     async def __aenter__(self) -> Pair:
@@ -331,3 +331,11 @@ async def test_a_front_end_that_is_told_to_stop_still_answers_what_it_has() -> N
         await pair.drained.wait()
         pair.engine.free.set()
         assert await accepted == [1]
+
+
+async def test_a_front_end_that_is_told_to_leave_goes_on() -> None:
+    async with Pair() as pair:
+        pair.caller.tell_leave()
+        await pair.leaving.wait()
+        assert not pair.drained.is_set()
+        assert await pair.ask(1) == [1]
