@@ -1,0 +1,3 @@
+"""What tests of deployments share with the service's."""
+
+from tests.service.conftest import checkpoint as checkpoint
