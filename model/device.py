@@ -55,6 +55,15 @@ def native_bfloat16(device: str) -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def gpu_uuid(device: str) -> str:
+    """Return the UUID of a GPU, which names it whatever ``CUDA_VISIBLE_DEVICES`` shows of the machine; empty for ``cpu``."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from model.device import gpu_uuid
 from model.execution import FastPath
 from service.fast_path import fast_path_of
 from service.metrics import Metrics
@@ -57,6 +58,7 @@ class Engine:
         self.header, self.lanes = self._fast_path.header, self._fast_path.lanes
         self.facts = facts_of(self._fast_path)
         self.version = self.facts.version
+        metrics.gpu.use(self.facts.gpu)
         if self.lanes > 1:
             self.close()
             self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="engine", initializer=step_back)
@@ -102,7 +104,8 @@ def load(settings: Settings, metrics: Metrics) -> FastPath:
 
 def facts_of(fast_path: FastPath) -> ModelFacts:
     """Return what a fast path runs."""
-    return ModelFacts(fast_path.header.weights_sha256, fast_path.description, fast_path.precision, fast_path.device)
+    digest, device = fast_path.header.weights_sha256, fast_path.device
+    return ModelFacts(digest, fast_path.description, fast_path.precision, device, gpu_uuid(device))
 
 
 def predict(fast_path: FastPath, images: np.ndarray, alone: bool, metrics: Metrics) -> np.ndarray:

@@ -161,6 +161,7 @@ class EngineProcess:
             raise
         ready = await hello
         self.lanes, self.facts = ready["lanes"], ModelFacts(**ready["facts"])
+        self._metrics.gpu.use(self.facts.gpu)
         self._up.set()
         self._on_change()
 

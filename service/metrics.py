@@ -12,6 +12,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from service.gpu import Gpu
 from service.processes import Processes
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
@@ -77,6 +78,8 @@ class Metrics:
             self.limiter_fallback.labels(decision)
         self.processes = Processes()
         registry.register(self.processes)
+        self.gpu = Gpu()
+        registry.register(self.gpu)
         # Looking a child up by its labels costs as much as counting does.
         self._requests = cache(self.requests.labels)
         self._request_duration = cache(self.request_duration.labels)
@@ -91,6 +94,7 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         registry.register(self.processes)
+        registry.register(self.gpu)
         return registry
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:

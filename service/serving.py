@@ -21,12 +21,14 @@ class ModelFacts:
         plan: Which executions run which batches, and why these.
         precision: What the experts compute in.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
+        gpu: The UUID of the GPU, as eight-four-four-four-twelve hexadecimal digits; empty on a processor.
     """
 
     weights_sha256: str
     plan: str
     precision: str
     device: str
+    gpu: str = ""
 
     @property
     def version(self) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from benchmarks.ports import held_port
 from benchmarks.running_service import RunningService, running_service
+from service.gpu import READINGS
 from tests.service.conftest import PATIENCE_S, eventually
 from tests.service.pictures import MULTIPART, encode, multipart, noise
 
@@ -128,9 +129,9 @@ def prometheus(service: RunningService, tmp_path_factory: pytest.TempPathFactory
 
 
 def documented() -> dict[str, tuple[set[str], str]]:
-    """The labels and the type of every series in the documentation's table."""
+    """The labels and the type of every series in the documentation's table, but for those that only a GPU has."""
     rows = re.findall(r"^\| `((?:palisade|process)_\w+)(?:\{([\w,]+)\})?` \| (\w+) \|", OPERATIONS, re.MULTILINE)
-    return {name: (set(filter(None, labels.split(","))), kind) for name, labels, kind in rows}
+    return {name: (set(filter(None, labels.split(","))), kind) for name, labels, kind in rows if name not in READINGS}
 
 
 def test_prometheus_has_every_documented_series_with_its_labels_and_type(prometheus: Prometheus) -> None:
@@ -206,12 +207,15 @@ def test_an_expression_of_the_dashboard_returns_data(prometheus: Prometheus, exp
         values = prometheus.query(fill_in(expression)).values()
         return bool(values) and all(math.isfinite(value) for value in values)
 
+    if any(name in expression for name in READINGS):
+        assert prometheus.query(fill_in(expression)) == {}, "the service has no GPU"
+        return
     eventually(has_data, f"data of {expression}")
 
 
 def test_the_dashboard_has_a_row_for_every_subject_and_no_two_panels_in_one_place() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Objectives", "Traffic", "Latency", "Batching", "Experts and gate", "Defence", "Saturation"]
+    assert rows == ["Objectives", "Traffic", "Latency", "Batching", "Experts and gate", "Defence", "Saturation", "GPU"]
     numbers = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 import torch
 
 from model import device
-from model.device import available, choose_device, native_bfloat16, processor
+from model.device import available, choose_device, gpu_uuid, native_bfloat16, processor
 
 CPU = "processor\t: 0\nmodel name\t: Example 9000\nflags\t\t: fpu avx2 {flags}\n\nprocessor\t: 1\nmodel name\t: Example 9000\n"
 
@@ -58,6 +60,13 @@ def test_without_torch_a_gpu_is_not_used_and_not_promised(monkeypatch: pytest.Mo
 def test_what_names_no_device_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"device={name}: use auto, cpu, cuda or cuda:N"):
         choose_device(name)
+
+
+def test_a_gpu_is_named_by_its_uuid_and_a_processor_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    uuid = UUID("8c1bdd93-7f7c-4a8e-9d2e-0a4f3f2b6c11")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {"cuda:1": SimpleNamespace(uuid=uuid)}.__getitem__)
+    assert gpu_uuid("cuda:1") == "8c1bdd93-7f7c-4a8e-9d2e-0a4f3f2b6c11"
+    assert gpu_uuid("cpu") == ""
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -244,6 +244,7 @@ from service.settings import Settings
 fast_path = load(Settings(device="cpu", max_batch_size=1), Metrics())
 assert predict(fast_path, np.zeros((1, 3, 32, 32), np.uint8), True, Metrics()).shape == (1, 10)
 assert "torch" not in sys.modules, "torch costs seconds and hundreds of megabytes"
+assert "pynvml" not in sys.modules, "there is no GPU to ask about"
 """
     pytest.importorskip("openvino")
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
