@@ -95,6 +95,13 @@ clients: setup ## install kserve's client, whose pins fit nothing else, into an 
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/clients
 	$(BIN)/uv pip sync --quiet --python build/clients/bin/python --require-hashes requirements/clients.txt
 
+.PHONY: manifests-check
+manifests-check: setup ## look for weak spots in the Kubernetes manifests, with checkov in an environment of its own
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/checkov
+	$(BIN)/uv pip sync --quiet --python build/checkov/bin/python --require-hashes requirements/checkov.txt
+	$(BIN)/python -m tests.deploy.manifests build/manifests
+	build/checkov/bin/checkov --config-file k8s/.checkov.yaml --directory build/manifests
+
 .PHONY: requirements
 requirements: ## write the pinned requirement files anew
 	$(COMPILE) pyproject.toml --extra cpu --extra redis --extra tracing --output-file requirements/service.txt
@@ -106,6 +113,7 @@ requirements: ## write the pinned requirement files anew
 	$(COMPILE) pyproject.toml --extra train --constraint requirements/dev.txt --output-file requirements/training.txt
 	echo hatchling | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/build.txt
 	echo kserve | $(COMPILE) - --output-file requirements/clients.txt
+	echo checkov | $(COMPILE) - --output-file requirements/checkov.txt
 	echo uv | $(COMPILE) - --output-file requirements/uv.txt
 
 .PHONY: clean

@@ -111,3 +111,16 @@ def environment(objects: tuple[Manifest, ...], container: Manifest) -> dict[str,
     for variable in container.get("env", []):
         found[variable["name"]] = variable.get("value", f"<{next(iter(variable.get('valueFrom', {'': 0})))}>")
     return found
+
+
+def main() -> None:
+    """Write every build into a folder, for tools that read files."""
+    folder = Path(sys.argv[1])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in BUILDS:
+        (folder / f"{name.replace('/', '-').replace(' ', '-')}.yaml").write_text(yaml.safe_dump_all(build(name)))
+
+
+if __name__ == "__main__":
+    main()

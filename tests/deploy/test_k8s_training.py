@@ -60,6 +60,23 @@ def master_port() -> Iterator[int]:
         yield port
 
 
+def test_the_workers_reach_each_other_and_names_and_nothing_else() -> None:
+    """The Job's pods have the labels of its template; a TrainJob's have its own name from the JobSet that is made of it."""
+    job = one(build("training/job"), "Job", "palisade-train")["spec"]["template"]["metadata"]["labels"]
+    train_job = one(build("training/trainjob"), "TrainJob", "palisade-train")["metadata"]["name"]
+    for name, labels in (("training/job", job), ("training/trainjob", {"jobset.sigs.k8s.io/jobset-name": train_job})):
+        policy = one(build(name), "NetworkPolicy", "palisade-train")["spec"]
+        selector = policy["podSelector"]["matchLabels"]
+        assert selector
+        assert selector.items() <= labels.items()
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        each_other = {"podSelector": {"matchLabels": selector}}
+        assert policy["ingress"] == [{"from": [each_other]}]
+        others, names = policy["egress"]
+        assert others == {"to": [each_other]}
+        assert {port["port"] for port in names["ports"]} == {53}
+
+
 def test_the_jobs_pods_train_together(colour_file: Path, tmp_path: Path, master_port: int) -> None:
     job = one(build("training/job"), "Job", "palisade-train")["spec"]
     here = {
