@@ -32,6 +32,8 @@ from service.watch.journal import LONGEST, Journal
 
 FOLLOW_S = 0.25
 """How often a replica asks for others' verdicts: a suspicion, and its forgiving, is known everywhere within about this."""
+TOLD_AT_ONCE = 8
+"""Callers of whose answers others are told at once in the background: charges should not wait for many of them."""
 UNNAMED = "hash:"
 """What a caller is listed as, before its pseudonym, where this replica has not met it."""
 ENTRIES_PER_IMAGE = 4
@@ -139,10 +141,11 @@ class Shared:
 
     async def flush(self) -> None:
         """Tell others now what they were not told yet; while the store is down it is dropped."""
-        untold, self._untold = self._untold, {}
-        if untold:
-            with contextlib.suppress(StoreDownError):
-                await self._evidence.add({f"{PREFIX}watch:{key}": write_judged(judged) for key, judged in untold.items()})
+        untold, self._untold = list(self._untold.items()), {}
+        with contextlib.suppress(StoreDownError):
+            for start in range(0, len(untold), TOLD_AT_ONCE):
+                some = untold[start : start + TOLD_AT_ONCE]
+                await self._evidence.add({f"{PREFIX}watch:{key}": write_judged(judged) for key, judged in some})
 
     async def forget(self, key: str) -> None:
         """Drop what all replicas hold against a caller: their journal of it now, the rest within :data:`FOLLOW_S`."""
