@@ -6,8 +6,8 @@ import hashlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ class Split:
         rows = self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return [hashlib.sha256(image.data).hexdigest() for image in rows]
 
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) over all pixels, as rows of RGB bytes, and then all labels, as little-endian int64."""
+        digest = hashlib.sha256(self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
+        digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -65,6 +71,8 @@ class Dataset:
         digest: SHA-256 over the training split's pixels and labels.
         test_digest: The same of the test split.
         overlap: SHA-256 of the pixels (rows of RGB) of every image that is in both splits, in order of the test split.
+        places: For ``train`` and ``test``, where each image comes from: a file below the data's folder, or an array's position.
+        provenance: What a checkpoint's header says of the data besides their name and digest.
     """
 
     name: str
@@ -74,6 +82,38 @@ class Dataset:
     digest: str
     test_digest: str
     overlap: tuple[str, ...] = ()
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    provenance: Mapping[str, str | int] = field(default_factory=dict)
+
+    def without(self, positions: torch.Tensor) -> Dataset:
+        """Return the data without the training samples at these positions, with the digest of what is left.
+
+        Args:
+            positions: Integers, in any order, on any device.
+
+        Raises:
+            ValueError: A class would have no training image left.
+        """
+        kept = torch.ones(len(self.train), dtype=torch.bool)
+        kept[positions.cpu()] = False
+        train = self.train.take(kept)
+        for label in set(self.train.labels.tolist()) - set(train.labels.tolist()):
+            raise ValueError(f"{self.name}: class {self.label_names[label]} would have no training image left")
+        places = {**self.places, "train": [self.place("train", row) for row in kept.nonzero()[:, 0].tolist()]}
+        return replace(self, train=train, digest=train.digest(), places=places)
+
+    def place(self, part: str, position: int) -> str:
+        """Return where an image comes from, as a person would look for it."""
+        places = self.places.get(part, ())
+        return places[position] if position < len(places) else f"{part}_images[{position}]"
+
+    def described(self) -> dict[str, str | int]:
+        """Return what the header of a checkpoint that was trained on these data says of them."""
+        return {"name": self.name, "training_sha256": self.digest, **self.provenance}
+
+    def trained(self, header_data: Mapping[str, object]) -> bool:
+        """Tell whether a header's data section is that of a checkpoint that was trained on these training samples."""
+        return all(header_data.get(key) == self.described().get(key) for key in ("training_sha256", "quarantine_sha256"))
 
     def split_holdout(self, size: int) -> tuple[Split, Split]:
         """Return the training images without, and only, ``size`` held-out ones, always the same for the same data."""
@@ -200,21 +240,20 @@ def _from_folder(folder: Path, size: int) -> _Raw:
 
 
 def _dataset(raw: _Raw, allow_overlap: bool) -> Dataset:
-    splits, digests, hashes = {}, {}, {}
+    splits, hashes = {}, {}
     for part in PARTS:
         images, labels = np.ascontiguousarray(raw.arrays[f"{part}_images"]), raw.arrays[f"{part}_labels"]
         _check(part, images, labels, raw.where)
-        digest = hashlib.sha256(images.data)
-        digest.update(labels.astype("<i8").tobytes())
-        digests[part] = digest.hexdigest()
-        hashes[part] = [hashlib.sha256(image.data).hexdigest() for image in images]
         splits[part] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
+        hashes[part] = splits[part].digests()
     sizes = [" x ".join(str(side) for side in splits[part].images.shape[2:]) for part in PARTS]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{raw.where}: train_images and test_images differ in size: {sizes[0]} and {sizes[1]} pixels")
     names = _class_names(raw)
     overlap = _overlap(raw, hashes, allow_overlap)
-    return Dataset(raw.name, splits["train"], splits["test"], names, digests["train"], digests["test"], overlap)
+    train, test = splits["train"], splits["test"]
+    places = {part: [raw.place(part, row).removeprefix(f"{raw.where}/") for row in range(len(splits[part]))] for part in PARTS}
+    return Dataset(raw.name, train, test, names, train.digest(), test.digest(), overlap, places)
 
 
 def _check(part: str, images: np.ndarray, labels: np.ndarray, where: str) -> None:

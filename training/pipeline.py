@@ -89,11 +89,7 @@ class Run:
                 "went_on_from_sha256": self._went_on_from,
                 "git_revision": git_revision(),
             },
-            data={
-                "name": self.dataset.name,
-                "training_sha256": self.dataset.digest,
-                "held_out_training_images": self._recipe.holdout,
-            },
+            data={**self.dataset.described(), "held_out_training_images": self._recipe.holdout},
         )
         header = save_checkpoint(out, mixture, header)
         self.worker.wait()

@@ -88,11 +88,13 @@ def write_replay(
 def held_out(header: Header, dataset: Dataset, checkpoint: str | Path) -> Split:
     """Return the training images that a checkpoint's training held out; raise ``ValueError`` if the data do not have them."""
     size = header.data.get("held_out_training_images")
-    if header.data.get("training_sha256") != dataset.digest or not isinstance(size, int):
+    if not dataset.trained(header.data) or not isinstance(size, int):
+        quarantine = header.data.get("quarantine_sha256")
+        also = f" and its quarantine file (SHA-256 {str(quarantine)[:12]}) with --quarantine" if quarantine else ""
         raise ValueError(
             f"{dataset.name}: these are not the training data that the header of checkpoint {checkpoint} names "
             f"({header.data.get('name')}, SHA-256 {str(header.data.get('training_sha256'))[:12]}), "
-            "so no image is known to be held out: give its data with --data"
+            f"so no image is known to be held out: give its data with --data{also}"
         )
     return partition.held_out(dataset, size, header.data.get("partitions", 1))
 

@@ -163,7 +163,7 @@ def _best_expert(
 ) -> str | None:
     """Choose the single expert to compare with on training images that training has not seen; ``None`` on other data."""
     size, parts = header.data.get("held_out_training_images"), header.data.get("partitions", 1)
-    if header.data.get("training_sha256") != dataset.digest or not isinstance(size, int):
+    if not dataset.trained(header.data) or not isinstance(size, int):
         print("these are not the checkpoint's training data: no single expert can be chosen on held-out images of theirs")
         return None
     bench = Bench(held_out(dataset, size, parts), device, seed).first(SELECTION_IMAGES)
