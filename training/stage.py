@@ -235,7 +235,7 @@ def _end_epoch(stage: Stage, progress: Progress, folder: RunFolder, step: int, w
     figures = worker.agreed(stage.task.judge(progress.averaged.eval()) if worker.first else {})
     robust = figures.get("robust")
     collapsed = robust is not None and progress.judge(robust, COLLAPSE)
-    if not worker.first:
+    if not worker.first or not figures:
         return
     folder.log(stage.name, step, **{f"holdout_{name}": value for name, value in figures.items()})
     tqdm.write(f"{stage.name}: step {step}: held-out {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")

@@ -46,6 +46,13 @@ thead th { border-bottom-width: 2px; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 summary { cursor: pointer; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem; }
+.sample { display: flex; gap: .75rem; margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem; }
+.sample img { width: 5rem; height: 5rem; object-fit: contain; flex: none; image-rendering: pixelated; }
+.sample figcaption { font-size: .85rem; min-width: 0; }
+.sample ul { margin: .25rem 0; padding-left: 1rem; }
+.sample p { margin: .25rem 0; font-weight: 600; }
+.sample small { color: var(--soft); }
 """
 
 
