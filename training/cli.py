@@ -12,7 +12,8 @@ from typing import get_args
 import torch
 
 from model.checkpoint import CheckpointError
-from training.data import DOWNLOADS, Dataset, load_dataset
+from training.data import DOWNLOADS
+from training.data_commands import add_data_commands, add_data_options, add_quarantine_option, load
 from training.evaluation.autoattack import parse_attacks
 from training.evaluation.levels import Level
 from training.evaluation.report import evaluate_checkpoint
@@ -59,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--data", default="cifar10", help=f".npz file, image folder, or {', '.join(DOWNLOADS)} (downloaded)")
-    shared.add_argument("--allow-overlap", action="store_true", help="accept test images that are training images too")
-    shared.add_argument("--image-size", type=int, default=32, help="side in pixels to which a folder's images are resized")
+    add_data_options(shared, ", ".join(DOWNLOADS))
     shared.add_argument(
         "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
@@ -71,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands, shared)
     _add_replay(commands, shared)
+    add_data_commands(commands, shared)
     return parser
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
     command = commands.add_parser("evaluate", parents=[shared], help="measure a checkpoint's accuracy and robustness")
+    add_quarantine_option(command)
     command.add_argument("--checkpoint", default="compact", help="path, or 'compact'; default: %(default)s")
     command.add_argument("--level", choices=get_args(Level), default="quick", help="how thoroughly to attack; default: quick")
     command.add_argument("--attacks", metavar="LIST", help="of level full, only these, as apgd-ce,apgd-t; default: AutoAttack")
@@ -93,6 +94,7 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser], s
     command = commands.add_parser(
         "replay", parents=[shared], help="keep held-out training images and attacks on them, for palisade-serve tune"
     )
+    add_quarantine_option(command)
     command.add_argument("--checkpoint", default="compact", help="path, or 'compact'; default: %(default)s")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file to write")
     command.add_argument("--n", type=int, default=0, help="images; default: all that training held out")
@@ -107,6 +109,7 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     run.add_argument("--recipe", choices=sorted(RECIPES), default="compact", help="default: %(default)s")
     run.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="as joint.epochs=2")
     run.add_argument("--seed", type=_seed, default=0)
+    add_quarantine_option(run)
 
     init = argparse.ArgumentParser(add_help=False)
     init.add_argument("--init", metavar="CHECKPOINT", help="joint training goes on from this instead of the folder's experts")
@@ -183,15 +186,11 @@ def _prepared(options: argparse.Namespace) -> Iterator[tuple[Recipe, Dataset, Wo
     with started(options.device, compiled=getattr(options, "compile", False), stop=stop) as worker:
         if not worker.first:
             worker.wait()
-        dataset = _data(options)  # the first worker downloads, the others find the files
+        dataset = load(options)  # the first worker downloads, the others find the files
         if worker.first:
             worker.wait()
         height, width = dataset.train.images.shape[2:]
         yield recipe.for_data(len(dataset.label_names), height, width), dataset, worker
-
-
-def _data(options: argparse.Namespace) -> Dataset:
-    return load_dataset(options.data, size=options.image_size, allow_overlap=options.allow_overlap)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -243,13 +242,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     device = torch.device(options.device)
     evaluate_checkpoint(
-        options.checkpoint, _data(options), device, options.n, options.seed, stamp=options.stamp, request=request
+        options.checkpoint, load(options), device, options.n, options.seed, stamp=options.stamp, request=request
     )
 
 
 def _replay(options: argparse.Namespace) -> None:
     made = write_replay(
-        options.checkpoint, _data(options), options.out, torch.device(options.device), options.n, options.steps, options.seed
+        options.checkpoint, load(options), options.out, torch.device(options.device), options.n, options.steps, options.seed
     )
     n, right = made["n"], made["right"]
     print(
