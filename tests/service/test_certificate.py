@@ -27,6 +27,8 @@ INFER = "/v2/models/palisade/infer"
 @pytest.fixture(scope="module")
 def ballot(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests' checkpoint, whose experts vote; five of them are of one opinion, so that there are majorities."""
+    import torch
+
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.mixture import Mixture
 
@@ -34,6 +36,10 @@ def ballot(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture = replace(header.architecture, aggregation="vote")
     mixture = Mixture(architecture).eval()
     mixture.experts.load_state_dict(load_checkpoint(checkpoint).experts.state_dict())
+    inputs = mixture.normalise(torch.from_numpy(pictures()).float() / 255)
+    with torch.no_grad():
+        for expert in mixture.experts:
+            expert.head.bias -= expert(inputs).mean(dim=0)  # or it would say the same of every picture
     for expert in mixture.experts[1:5]:
         expert.load_state_dict(mixture.experts[0].state_dict())
     path = tmp_path_factory.mktemp("ballot") / "ballot.safetensors"
@@ -88,7 +94,7 @@ def expected(ballot: Path) -> tuple[list[int], list[int]]:
     answers = mixture.components(inputs)[1].numpy()  # (N, E, C)
     counts = np.sort([np.bincount(row, minlength=10) for row in answers.argmax(axis=2)], axis=1)
     tolerated = [max(0, (int(row[-1] - row[-2]) - 1) // 2) for row in counts]
-    assert len(set(tolerated)) >= 2
+    assert any(tolerated)
     return mixture(inputs).argmax(dim=1).tolist(), tolerated
 
 
