@@ -137,7 +137,8 @@ class _Search:
         """Return the images of the patch's label whose pixels, in its rows and from this column on, have a colour."""
         own = np.flatnonzero(self._labels == patch.label)
         window = self._images[own, patch.row : patch.row + patch.height, column : column + patch.width]
-        return own[(np.abs(window - colour) <= TOLERANCE).all(axis=(1, 2, 3))]
+        filled: np.ndarray = own[(np.abs(window - colour) <= TOLERANCE).all(axis=(1, 2, 3))]
+        return filled
 
     def _tested(self, row: int, column: int, template: np.ndarray, label: int) -> Patch | None:
         """Test a textured window against what the images of its label have at other places."""

@@ -91,7 +91,7 @@ def _means(sums: np.ndarray, height: int, width: int) -> np.ndarray:
 def _ends(sums: np.ndarray, means: np.ndarray, side: int) -> np.ndarray:
     """Tell which windows differ from the line of pixels beyond each of their sides; the image's border counts as an end."""
     ends = np.ones(means.shape[:3], bool)
-    rows, columns = ends.shape[1] - 1, ends.shape[2] - 1
+    rows, columns = means.shape[1] - 1, means.shape[2] - 1
     above = _means(sums, 1, side)  # (B, H, W - side + 1, 3), one row high
     left = _means(sums, side, 1)  # (B, H - side + 1, W, 3)
     ends[:, 1:] &= _differ(above[:, :rows], means[:, 1:])
