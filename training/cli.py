@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 
 from model.checkpoint import CheckpointError
-from training.data import DOWNLOADS
+from training.data import DOWNLOADS, Dataset
 from training.data_commands import add_data_commands, add_data_options, add_quarantine_option, load
 from training.evaluation.autoattack import parse_attacks
 from training.evaluation.levels import Level
