@@ -108,7 +108,7 @@ requirements: ## write the pinned requirement files anew
 	$(COMPILE) pyproject.toml --extra dev --output-file requirements/dev.txt
 	printf '%s\n' torch torchvision openvino-telemetry | $(COMPILE) pyproject.toml --extra cpu --extra redis --extra tracing \
 		--excludes - --constraint requirements/service.txt --output-file requirements/service-cpu.txt
-	printf '%s\n' triton setuptools | $(COMPILE) pyproject.toml --extra redis --extra tracing \
+	printf '%s\n' triton setuptools | $(COMPILE) pyproject.toml --extra gpu --extra redis --extra tracing \
 		--excludes - --constraint requirements/service.txt --output-file requirements/service-cuda.txt
 	$(COMPILE) pyproject.toml --extra train --constraint requirements/dev.txt --output-file requirements/training.txt
 	echo hatchling | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/build.txt
