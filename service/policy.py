@@ -110,9 +110,12 @@ class Policy:
 
 
 def hide_votes(probabilities: np.ndarray, best: np.ndarray, voters: int) -> np.ndarray:
-    """Return what tells nothing of a vote but its outcome: the means of the experts' probabilities.
+    """Return what hides how exactly a vote was split: the means of the experts' probabilities.
 
-    Where the mean prefers another class, the answer's is lifted to the largest and the row made to sum to 1 again.
+    Where the mean prefers another class, the answer's is lifted to the largest and the row made to sum to 1 again. Two largest
+    scores that are equal therefore tell that vote and mean disagree. And a mean bounds the votes ``v`` of its class from below:
+    an expert that votes otherwise gives the class half at most, so ``v >= E (2 mean - 1)``, and a mean near 1 tells that all
+    agree. Only label only hides that, too.
 
     Args:
         probabilities: What ``voters`` voting experts answered, ``(N, C)`` float64.
