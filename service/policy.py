@@ -96,12 +96,14 @@ class Policy:
         return Protected(best, rounded, shown, tolerated)
 
     def is_as_strict_as(self, other: Policy) -> bool:
-        """Tell whether this policy shows nothing of an answer that ``other`` hides."""
+        """Tell whether this policy shows nothing of an answer that ``other`` hides, whether it is a gate's or nine voters'."""
         if self.label_only or other.label_only:
             return self.label_only
         shows_no_more = not other.top_n or 0 < self.top_n <= other.top_n
         hides_votes = other.certificate or not self.certificate
-        finer = self.decimals > other.decimals or self.reverse_sigmoid < other.reverse_sigmoid
+        # Votes plus mean, over E + 1, show the mean E + 1 times as coarsely as the mean alone does at the same decimals.
+        decimals = other.decimals - (other.certificate and not self.certificate)
+        finer = self.decimals > decimals or self.reverse_sigmoid < other.reverse_sigmoid
         return hides_votes and shows_no_more and not finer
 
     def describe(self) -> dict[str, Any]:

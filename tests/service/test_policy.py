@@ -158,6 +158,11 @@ def test_rounded_scores_are_their_own_answer(exact: np.ndarray, decimals: int, t
         (Policy("suspect", 1, 3), Policy("anonymous", 2, reverse_sigmoid=0.5), False),
         (Policy("suspect", 1, certificate=True), Policy("anonymous", 2), False),
         (Policy("suspect", 1, certificate=True), Policy("trusted", 2, certificate=True), True),
+        (Policy("suspect", 2, certificate=True), Policy("trusted", 2, certificate=True), True),
+        (Policy("suspect", 2), Policy("trusted", 2, certificate=True), False),
+        (Policy("suspect", 1), Policy("trusted", 2, certificate=True), True),
+        (Policy("suspect", 2, label_only=True), Policy("trusted", 2, certificate=True), True),
+        (Policy("suspect", 2), Policy("trusted", 2, label_only=True, certificate=True), False),
         (Policy("suspect", 1, label_only=True, certificate=True), Policy("anonymous", 2), True),
     ],
 )
@@ -194,7 +199,7 @@ def two_ways_to_one_mean() -> np.ndarray:
         Policy("anonymous", 6, label_only=True, certificate=True),
     ],
 )
-def test_a_policy_without_certificates_tells_nothing_of_how_the_votes_were_split(policy: Policy) -> None:
+def test_a_policy_without_certificates_does_not_tell_votes_with_equal_means_apart(policy: Policy) -> None:
     exact = vote_of(two_ways_to_one_mean())
     assert np.abs(exact[0] - exact[1]).max() > 0.3
     first, second = predictions_of(policy.protect(exact, VOTERS), LABELS)
@@ -202,6 +207,20 @@ def test_a_policy_without_certificates_tells_nothing_of_how_the_votes_were_split
     assert first["label"] == second["label"] == "ant"
     for one, other in zip(first.get("scores", {}).values(), second.get("scores", {}).values(), strict=True):
         assert one == pytest.approx(other, abs=2e-6)  # what float32 leaves of the mean
+
+
+def test_at_the_same_decimals_shares_of_votes_hide_means_that_scores_without_votes_tell_apart() -> None:
+    experts = np.zeros((2, 9, len(LABELS)))
+    experts[:, :, 0] = [[0.601] * 9, [0.629] * 9]
+    experts[:, :, 1] = 1 - experts[:, :, 0]
+    exact = ((np.eye(len(LABELS))[0] * 9 + experts.mean(axis=1)) / 10).astype(np.float32)
+    shares, same, coarser = (
+        predictions_of(policy.protect(exact, 9), LABELS)
+        for policy in (Policy("trusted", 2, certificate=True), Policy("suspect", 2), Policy("suspect", 1))
+    )
+    assert shares[0] == shares[1]
+    assert same[0] != same[1]
+    assert coarser[0] == coarser[1]
 
 
 def test_a_policy_with_certificates_shows_the_votes_and_what_they_tolerate() -> None:
