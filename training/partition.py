@@ -32,10 +32,8 @@ def partitions(dataset: Dataset, count: int) -> list[Dataset]:
         count: How many.
 
     Raises:
-        ValueError: A partition would be empty, or a class has no test image: the list of classes would follow from the training
-            data, and one added sample could change every expert.
+        ValueError: A partition would be empty.
     """
-    _check_classes(dataset)
     digests, labels = dataset.train.digests(), dataset.train.labels.tolist()
     members: list[list[int]] = [[] for _ in range(count)]
     for position in sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])):
@@ -60,14 +58,11 @@ def held_out(dataset: Dataset, size: int, count: int = 1) -> Split:
     return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def _part(dataset: Dataset, index: int, positions: torch.Tensor, count: int) -> Dataset:
-    train = dataset.train.take(positions)
-    digest = hashlib.sha256(train.images.permute(0, 2, 3, 1).contiguous().numpy().data)
-    digest.update(train.labels.numpy().astype("<i8").tobytes())
-    return replace(dataset, name=f"{dataset.name}, partition {index} of {count}", train=train, digest=digest.hexdigest())
+def check_classes(dataset: Dataset) -> None:
+    """Raise ``ValueError`` if a class of the data that are to be trained on has no test image.
 
-
-def _check_classes(dataset: Dataset) -> None:
+    The list of classes would follow from the training data, and one added sample could change every expert.
+    """
     tested = set(dataset.test.labels.tolist())
     for label, name in enumerate(dataset.label_names):
         if label not in tested:
@@ -75,3 +70,10 @@ def _check_classes(dataset: Dataset) -> None:
                 f"{dataset.name}: class {name} has no test image, so that training images alone would say that it is a class "
                 "and one added sample could change every expert: add a test image of it, or remove the class"
             )
+
+
+def _part(dataset: Dataset, index: int, positions: torch.Tensor, count: int) -> Dataset:
+    train = dataset.train.take(positions)
+    digest = hashlib.sha256(train.images.permute(0, 2, 3, 1).contiguous().numpy().data)
+    digest.update(train.labels.numpy().astype("<i8").tobytes())
+    return replace(dataset, name=f"{dataset.name}, partition {index} of {count}", train=train, digest=digest.hexdigest())

@@ -13,7 +13,7 @@ import torch
 from model.checkpoint import Header, read_header, save_checkpoint
 from model.mixture import Mixture
 from training.data import Dataset, Split
-from training.partition import RULE, partitions
+from training.partition import RULE, check_classes, partitions
 from training.plots import plot_run
 from training.pretrain import expert_name, expert_schedule, expert_settings, expert_stage
 from training.progress import finished
@@ -38,7 +38,7 @@ class PartitionRun:
         worker: Where to train.
 
     Raises:
-        ValueError: The data can't be divided so, or a partition is too small for a batch.
+        ValueError: A class has no test image, the data can't be divided so, or a partition is too small for a batch.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, path: Path, seed: int, worker: Worker) -> None:
@@ -47,6 +47,7 @@ class PartitionRun:
             raise ValueError(f"holdout={recipe.holdout}: each of {count} partitions holds out its share; give {count} or more")
         if recipe.bag:
             raise ValueError(f"bag={recipe.bag}: every expert has its own partition already; set bag to 0")
+        check_classes(dataset)
         self.dataset, self.worker = dataset, worker
         # One share for all, whatever the partitions hold: it also fixes the shapes that a compiler sees.
         self._recipe = replace(

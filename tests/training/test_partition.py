@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import colour_arrays
 from training.data import Dataset, Split, load_dataset
-from training.partition import held_out, partition_of, partitions
+from training.partition import check_classes, held_out, partition_of, partitions
 
 COUNT = 5
 
@@ -128,8 +128,9 @@ def test_what_is_held_out_is_in_no_partitions_training_images(images: np.ndarray
 
 def test_a_class_that_only_training_images_have_is_refused(images: np.ndarray, labels: np.ndarray) -> None:
     dataset = dataset_of(images, labels)
+    check_classes(dataset)
     with pytest.raises(ValueError, match="class violet has no test image"):
-        partitions(replace(dataset, label_names=("red", "green", "blue", "violet")), COUNT)
+        check_classes(replace(dataset, label_names=("red", "green", "blue", "violet")))
 
 
 def test_an_empty_partition_is_refused(images: np.ndarray, labels: np.ndarray) -> None:

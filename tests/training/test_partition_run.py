@@ -181,6 +181,13 @@ def test_data_that_can_not_be_divided_so_are_refused_by_name(tmp_path: Path, cha
         PartitionRun(replace(RECIPE, **changes), dataset_of(*clean()), tmp_path, 0, WORKER)
 
 
+def test_a_class_that_one_training_image_could_have_made_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    dataset = replace(dataset_of(*clean()), label_names=("red", "green", "blue", "violet"))
+    with pytest.raises(ValueError, match="class violet has no test image"):
+        PartitionRun(RECIPE, dataset, tmp_path / "run", 0, WORKER)
+    assert not list(tmp_path.iterdir())
+
+
 def test_joint_training_refuses_a_vote(tmp_path: Path) -> None:
     recipe = replace(RECIPES["compact"], architecture=replace(RECIPES["compact"].architecture, aggregation="vote"))
     with pytest.raises(ValueError, match="a vote has no gate to train jointly; use palisade-train partition"):

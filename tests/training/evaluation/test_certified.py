@@ -70,6 +70,18 @@ def test_experts_are_compared_on_images_that_none_of_them_was_trained_on(tiny_vo
     assert len(held_out(read_header(tiny_vote.checkpoint), dataset, tiny_vote.checkpoint)) == 9
 
 
+def test_a_test_split_that_lacks_a_class_is_evaluated(tiny_vote: TinyRun, tmp_path: Path) -> None:
+    with np.load(tiny_vote.data) as arrays:
+        found = dict(arrays)
+    kept = found["test_labels"] != 2
+    data = tmp_path / "fewer.npz"
+    np.savez(data, **(found | {name: found[name][kept] for name in ("test_images", "test_labels")}))
+    arguments = ["--device", "cpu", "--data", str(data), "--checkpoint", str(tiny_vote.checkpoint)]
+    assert main(["evaluate", *arguments, "--n", "4", "--out", str(tmp_path / "report")]) == 0
+    assert figures(tmp_path / "report")["best_single_expert"]["chosen_on"] == "9 held-out training images, PGD-10"
+    assert main(["replay", *arguments, "--n", "2", "--steps", "1", "--out", str(tmp_path / "replay.npz")]) == 0
+
+
 def test_a_mixture_with_a_gate_has_no_such_section() -> None:
     assert certified_markdown({}) == certified_section({}, {}) == ""
 
