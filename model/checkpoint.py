@@ -263,9 +263,20 @@ def _parse_header(path: Path, values: object) -> Header:
     top_k = values.pop("top_k", None)
     if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= architecture.num_experts):
         raise CheckpointError(f"{path}: top_k must be null or from 1 to {architecture.num_experts}, not {top_k!r}")
-    if architecture.votes and top_k not in (None, architecture.num_experts):
-        raise CheckpointError(f"{path}: top_k must be null where the experts vote, not {top_k}: every one has its say")
+    if architecture.votes:
+        _check_vote(path, architecture.num_experts, top_k, values["data"])
     return Header(architecture=architecture, class_names=tuple(names), top_k=top_k, **values)
+
+
+def _check_vote(path: Path, experts: int, top_k: int | None, data: dict[str, Any]) -> None:
+    if top_k not in (None, experts):
+        raise CheckpointError(f"{path}: top_k must be null where the experts vote, not {top_k}: every one has its say")
+    partitions = data.get("partitions", experts)
+    if type(partitions) is not int or partitions != experts:
+        raise CheckpointError(
+            f"{path}: data.partitions must be {experts}, one for each expert that votes, or absent if they shared their data, "
+            f"not {partitions!r}"
+        )
 
 
 def _parse_architecture(path: Path, version: int, values: dict[str, Any]) -> Architecture:

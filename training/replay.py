@@ -96,7 +96,7 @@ def held_out(header: Header, dataset: Dataset, checkpoint: str | Path) -> Split:
             f"({header.data.get('name')}, SHA-256 {str(header.data.get('training_sha256'))[:12]}), "
             f"so no image is known to be held out: give its data with --data{also}"
         )
-    return partition.held_out(dataset, size, header.data.get("partitions", 1))
+    return partition.held_out(dataset, size, header.architecture.num_experts if header.is_certified else 1)
 
 
 def _subset(split: Split, n: int, seed: int) -> Split:

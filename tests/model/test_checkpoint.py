@@ -223,6 +223,10 @@ def test_a_vote_is_refused_by_name_by_versions_that_know_only_gates(ballot: Path
         ({}, {"aggregation": "mean"}, "aggregation must be one of gate, vote"),
         ({}, {"aggregation": "gate"}, "missing tensors gate"),
         ({}, {"aggregation": None}, "format_version 3 needs aggregation"),
+        *(
+            ({"data": {"partitions": value}}, {}, r"ballot.safetensors: data\.partitions must be 2, one for each expert")
+            for value in (3, 0, -2, 2.0, True, "2", [2], None)
+        ),
     ],
 )
 def test_a_spoilt_vote_is_refused(ballot: Path, changes: dict[str, Any], in_architecture: dict[str, Any], named: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from model.checkpoint import load_checkpoint, read_header
 from tests.training.conftest import TinyRun
 from training.cli import main
 from training.data import load_dataset
+from training.replay import held_out
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,6 +44,12 @@ def test_all_images_are_training_images_that_training_held_out(written: Arrays, 
         assert not pairs & {
             (np.ascontiguousarray(i).tobytes(), int(y)) for i, y in zip(split.images.numpy(), split.labels, strict=True)
         }
+
+
+def test_only_a_vote_was_trained_on_partitions_whatever_a_header_says(tiny_run: TinyRun) -> None:
+    header, dataset = read_header(tiny_run.checkpoint), load_dataset(str(tiny_run.data))
+    claimed = replace(header, data=header.data | {"partitions": 7})
+    assert held_out(claimed, dataset, "it").digests() == dataset.split_holdout(10)[1].digests()
 
 
 def test_attacks_stay_in_the_ball_and_raise_the_reference_loss(written: Arrays, tiny_run: TinyRun) -> None:

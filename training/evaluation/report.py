@@ -162,7 +162,7 @@ def _best_expert(
     header: Header, dataset: Dataset, compared: dict[str, LogProbs], device: torch.device, seed: int
 ) -> str | None:
     """Choose the single expert to compare with on training images that training has not seen; ``None`` on other data."""
-    size, parts = header.data.get("held_out_training_images"), header.data.get("partitions", 1)
+    size, parts = header.data.get("held_out_training_images"), header.architecture.num_experts if header.is_certified else 1
     if not dataset.trained(header.data) or not isinstance(size, int):
         print("these are not the checkpoint's training data: no single expert can be chosen on held-out images of theirs")
         return None
