@@ -89,14 +89,18 @@ class Tuner:
     def _admit(
         self, name: str, expected: Answers, scratch: Path, stack: ExitStack, tick: Callable[[str], object]
     ) -> Stopwatch | None:
-        """Return an execution's stopwatch; ``None``, said aloud, if it does not run here or does not agree."""
+        """Return an execution's stopwatch; ``None``, said aloud, if it does not run here or does not agree.
+
+        Raises:
+            ValueError: The experts vote, and it does not agree.
+        """
         try:
             watch = stack.enter_context(self._start(name, scratch))
             answers = self._answers(watch)
             ours, theirs = (np.concatenate(list(side.values())) for side in (answers, expected))
             agreement = Agreement.between(name, ours, theirs, self._voters)
             if not agreement.holds(name):
-                raise ExecutionFailedError(f"{name}: its answers are too far from the reference's: {agreement}")
+                self._disagree(name, agreement)
             if ExecutionName.parse(name).precision == "int8":
                 self._judge(name, expected, answers)
         except ExecutionFailedError as error:
@@ -106,6 +110,16 @@ class Tuner:
             tick(name)
         self._agreements[name] = agreement
         return watch
+
+    def _disagree(self, name: str, agreement: Agreement) -> None:
+        far = f"{name}: its answers are too far from the reference's: {agreement}"
+        if self._voters:
+            # Or whoever poisons one expert could choose in which precision the others' open votes are rounded.
+            raise ValueError(
+                f"{far}; where experts vote nothing is left out for that, as one of them could decide by it how the others' "
+                "votes are rounded: nothing is kept, and the service runs as before; find that expert and train it again"
+            )
+        raise ExecutionFailedError(far)
 
     def _answers(self, watch: Stopwatch) -> Answers:
         """Return probabilities ``(N, C)`` for random images, and for the replay's that int8 is judged by."""
