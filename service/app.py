@@ -73,7 +73,8 @@ class Service:
         app.get("/v1/model", **openapi.MODEL)(self._model)
         app.post("/v1/classify", **openapi.CLASSIFY)(self._classify)
         delay_us = round(1000 * settings.max_queue_delay_ms)
-        infer = InferRoutes(self._ready, self._check_ready, settings.max_images_per_request, delay_us, metrics.collected)
+        certified, most = self._header.is_certified, settings.max_images_per_request  # a reload changes neither
+        infer = InferRoutes(self._ready, self._check_ready, most, delay_us, metrics.collected, certified)
         for method, path, handler in infer.table():
             app.add_api_route(path, handler, methods=[method], **openapi.v2(method, path))
         app.router.routes.extend(page_routes())

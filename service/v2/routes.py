@@ -74,6 +74,7 @@ class InferRoutes:
         max_images: Most images in one request.
         max_queue_delay_us: How long a batch may wait for more images, in microseconds.
         registry: The service's metrics.
+        certified: Whether the model has certificates.
     """
 
     pipeline: Callable[[], Pipeline]
@@ -81,6 +82,7 @@ class InferRoutes:
     max_images: int
     max_queue_delay_us: int
     registry: CollectorRegistry
+    certified: bool
 
     def table(self) -> list[tuple[str, str, Handler]]:
         """Return every route: its method, its path and what answers it. The handlers raise ``Problem``."""
@@ -106,7 +108,7 @@ class InferRoutes:
             Problem: See docs/http-api.md for every status.
         """
         pipeline = self._pipeline_for(request)
-        limits = InferLimits(pipeline.decoder.height, pipeline.decoder.width, self.max_images, pipeline.voters > 0)
+        limits = InferLimits(pipeline.decoder.height, pipeline.decoder.width, self.max_images, self.certified)
         lengths = request.headers.getlist(HEADER_LENGTH)
         header_length = ",".join(lengths) if lengths else None
         parsed: list[InferRequest] = []
@@ -189,7 +191,7 @@ class InferRoutes:
             max_images=self.max_images,
             max_queue_delay_us=self.max_queue_delay_us,
             label_only=policy.label_only,
-            certified=pipeline.voters > 0 and policy.shows_certificates,
+            certified=self.certified and policy.shows_certificates,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from service.cli import main
 from service.metrics import Metrics
 from service.openapi import Answer, ModelView
 from service.settings import Settings
-from tests.service.conftest import SharedEngine, serve_in_process
+from tests.service.conftest import LABELS, SharedEngine, serve_in_process
 from tests.service.v2.messages import reply_tensors
 
 SEEN = {"tier_anonymous_certificate": True, "tier_anonymous_decimals": 6}
@@ -98,6 +99,32 @@ def expected(ballot: Path) -> tuple[list[int], list[int]]:
     return mixture(inputs).argmax(dim=1).tolist(), tolerated
 
 
+@pytest.fixture(scope="module")
+def means(ballot: Path, expected: tuple[list[int], list[int]]) -> np.ndarray:
+    """What scores without votes are, ``(N, 10)``: means of the experts' probabilities, the answer's lifted to the largest."""
+    import torch
+
+    from model.checkpoint import load_checkpoint
+
+    mixture, inputs = load_checkpoint(ballot), torch.from_numpy(pictures()).float() / 255
+    scores: np.ndarray = mixture.components(inputs)[1].exp().double().mean(dim=1).numpy()
+    for row, label in zip(scores, expected[0], strict=True):
+        row[label] = row.max()
+        row /= row.sum()
+    shares = mixture(inputs).exp().numpy()
+    assert np.abs(scores - shares).max(axis=1).min() > 0.02, "one can tell them from shares of votes"
+    return scores
+
+
+def check_means(plain: httpx.Response, tensors: httpx.Response, means: np.ndarray) -> None:
+    """Compare what both protocols show with the means, rounded to two decimals."""
+    predictions = plain.json()["predictions"]
+    (flat,) = [output["data"] for output in tensors.json()["outputs"] if output["name"] == "probabilities"]
+    by_name = np.array([[prediction["scores"][name] for name in LABELS] for prediction in predictions])
+    for scores in (by_name, np.array(flat).reshape(means.shape)):
+        np.testing.assert_allclose(scores, means, rtol=0, atol=0.0051)
+
+
 async def test_every_protocol_gives_the_certificate_that_the_experts_answers_have(
     voters: SharedEngine, expected: tuple[list[int], list[int]]
 ) -> None:
@@ -137,7 +164,7 @@ async def test_every_protocol_gives_the_certificate_that_the_experts_answers_hav
     ids=["by default", "under label only"],
 )
 async def test_a_tier_that_is_not_shown_certificates_finds_no_trace_of_them(
-    voters: SharedEngine, settings: dict[str, Any]
+    voters: SharedEngine, means: np.ndarray, settings: dict[str, Any]
 ) -> None:
     async with serve_in_process(voters, **settings) as served, served.client() as client:
         replies = [
@@ -152,6 +179,10 @@ async def test_a_tier_that_is_not_shown_certificates_finds_no_trace_of_them(
         assert reply.status_code == 200
         assert "tolerated" not in reply.text
         assert "certificate" not in reply.text
+    if settings:
+        assert not any("scores" in reply.text or "probabilities" in reply.text for reply in replies)
+    else:
+        check_means(replies[0], replies[1], means)
     assert named.status_code == 403
     assert named.json() == {
         "error": "output 'tolerated_partitions' is not shown to your tier; ask for 'class_id', or name no outputs"
@@ -168,16 +199,21 @@ async def test_a_mixture_with_a_gate_has_no_certificates(engine: SharedEngine) -
 
 
 async def test_a_vote_of_experts_that_shared_their_data_has_no_certificates(
-    voters: SharedEngine, monkeypatch: pytest.MonkeyPatch
+    voters: SharedEngine, means: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(voters, "header", replace(voters.header, data={}))
-    async with serve_in_process(voters, **SEEN) as served, served.client() as client:
+    async with serve_in_process(voters, tier_anonymous_certificate=True) as served, served.client() as client:
         replies = [
             await client.post("/v1/classify", files=as_v1()),
             await client.post(INFER, json=as_v2()),
             await client.get("/v1/model"),
+            await client.get("/v2/models/palisade"),
         ]
+        named = await client.post(INFER, json=as_v2(["tolerated_partitions"]))
     assert not any("certificate" in reply.text or "tolerated" in reply.text for reply in replies)
+    check_means(replies[0], replies[1], means)
+    assert named.status_code == 400
+    assert "the outputs are 'probabilities' and 'class_id'" in named.json()["error"]
 
 
 def test_only_the_trusted_tier_is_shown_them_by_default_and_suspects_never() -> None:
