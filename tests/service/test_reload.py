@@ -141,6 +141,46 @@ async def test_answers_of_the_engine_before_are_not_given_again_even_those_that_
         assert await each.ask(1, 2, 3) == ("version 2", [2, 2, 2])
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "vote, 9 of them"), ({"aggregation": "gate"}, "are weighed by a gate"), ({"num_experts": 7}, "vote, 7 of them")],
+    ids=["the same weights without certificates", "gate", "voters"],
+)
+async def test_a_certified_vote_is_not_replaced_by_what_callers_can_tell_from_it(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    vote = {"aggregation": "vote", "num_experts": 9}
+    certified = save_untrained(tmp_path / "certified.safetensors", vote, {"partitions": 9})
+    other = save_untrained(tmp_path / "other.safetensors", vote | changes, {})
+    if not changes:
+        assert read_header(certified).weights_sha256 == read_header(other).weights_sha256
+    async with held() as each:
+        before, reloader = each.engine, each.reloader(certified)
+        each.ready.set()
+        with pytest.raises(Problem) as caught:
+            await reloader.reload(str(other))
+        assert (caught.value.status, caught.value.reason) == (409, "does-not-fit")
+        assert f"its experts {words}, those of the model in use vote, 9 of them, with certificates;" in caught.value.detail
+        assert str(other) in caught.value.detail
+        assert each.engine is before
+        assert not before.is_stopped
+        assert (await reloader.reload(None)).outcome == "done"
+
+
+def save_untrained(path: Path, architecture: dict[str, Any], data: dict[str, Any]) -> Path:
+    """Write a mixture whose weights are always the same, as far as the architecture is."""
+    import torch
+
+    from model.architecture import Architecture
+    from model.checkpoint import Header, save_checkpoint
+    from model.mixture import Mixture
+
+    torch.manual_seed(0)
+    mixture = Mixture(Architecture(width=2, num_classes=3, gate_width=2, height=8, input_width=8, **architecture))
+    save_checkpoint(path, mixture, Header(mixture.architecture, ("ant", "bee", "cat"), "", data=data))
+    return path
+
+
 async def test_one_reload_at_a_time_and_the_second_is_told_so(checkpoint: Path) -> None:
     async with held() as each:
         before = each.engine
