@@ -18,8 +18,10 @@ MEANING = (
     "the certificate bounds changes of the training data, not of the image."
 )
 SURROGATE = (
-    "The experts vote. Attacks climb the mean of their probabilities, as counting votes has no gradient, and are judged by the "
-    "vote."
+    "The experts vote. Attacks are judged by the vote, but climb what has a gradient, which counting has not: those by "
+    "cross-entropy (PGD) lower the mean of the probabilities that experts give the true class; others climb theirs on "
+    "log(v + m), with the votes v held constant beside the means m, so those by margin (CW) log(v_o + m_o) - log(v_y + m_y) "
+    "for the true class y and the other class o that leads."
 )
 
 

@@ -56,7 +56,8 @@ def test_the_report_shows_the_certificate_and_says_what_was_attacked(evaluated: 
     table, page = (evaluated / "table.md").read_text(), (evaluated / "report.html").read_text()
     for text in (table, page):
         assert "inserted, removed or relabelled" in text
-        assert "Attacks climb the mean of their probabilities" in text
+        assert "cross-entropy (PGD) lower the mean" in text
+        assert "(CW) log(v_o + m_o) - log(v_y + m_y)" in text
     assert "| poisons | certified accuracy |" in table
     assert "Certified accuracy under poisoned training data" in page
     assert "Does the vote add anything?" in page

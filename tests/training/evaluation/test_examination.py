@@ -271,7 +271,7 @@ def test_a_vote_is_examined_without_what_only_a_gate_has(trained: Trained, tmp_p
     results = json.loads(figures.read_text())
     assert "gate" not in results
     assert "certified" not in results  # its experts shared their data
-    assert "Attacks climb the mean of their probabilities" in results["surrogate"]
+    assert "cross-entropy (PGD) lower the mean" in results["surrogate"]
     assert not [name for name in results["accuracy"] if name.startswith("top")]
     checks = [finding["check"] for finding in results["sanity"]]
     assert checks == ["more_steps", "large_epsilon", "square", "transfer", "gradients", "determinism"]
