@@ -124,8 +124,9 @@ class Shared:
         """Tell others of a caller's images, in one step with learning what they told before; nothing while the store is down.
 
         Returns:
-            What they told, with its age in seconds, the oldest first.
+            What they told, with its age in seconds, the oldest first; from the beginning, what this replica told as well.
         """
+        knows_nothing = place.number == 0  # a caller that was forgotten here meanwhile: what was written here is news, too
         judged = self._untold.pop(key, None)
         entries = ([write_judged(judged)] if judged else []) + [write_sent(each) for each in sent]
         try:
@@ -133,7 +134,8 @@ class Shared:
         except StoreDownError:
             self._metrics.limiter_fallback.labels("unshared").inc()
             return []
-        return [(entry.age_s, each) for entry in news if not entry.is_ours for each in read_evidence(entry.data)]
+        unknown = [entry for entry in news if knows_nothing or not entry.is_ours]
+        return [(entry.age_s, each) for entry in unknown for each in read_evidence(entry.data)]
 
     def tell(self, key: str, judged: Sequence[Judged]) -> None:
         """Tell others of answers to a caller, with its next images or within :data:`FOLLOW_S`, all callers' together."""

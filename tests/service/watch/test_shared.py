@@ -219,6 +219,15 @@ async def test_a_service_that_was_restarted_goes_on_where_it_was(server: RedisSe
         assert await after.watch.treat(ANN) == Caller("ann", "suspect")
 
 
+async def test_who_makes_a_replica_forget_them_goes_on_where_they_were(server: RedisServer) -> None:
+    async with replicas(server, 1, watch_distances="off", watch_max_callers=4) as (world,):
+        steps = search(60)
+        assert await world.ask(ADDRESS, steps[: LIMIT - 5]) == LIMIT - 5
+        for number in range(5):
+            assert await world.ask(Caller(f"198.51.100.{number}", "anonymous"), photos(1, seed=4)) == 1
+        assert await world.ask(ADDRESS, steps[LIMIT - 5 :]) <= 9
+
+
 def make_older(server: RedisServer, seconds: int) -> None:
     """Let what lies in the store have been written earlier."""
     client: Any = server.client
