@@ -72,10 +72,11 @@ class Forgiven:
 
 @dataclass
 class Place:
-    """How far a journal of evidence or verdicts was read: the journal's epoch, and the number of the last entry in it."""
+    """How far a journal of evidence or verdicts was read: its epoch, its last entry's number, the store's time in microseconds."""
 
     epoch: bytes = b""
     number: int = 0
+    read_at: int = 0
 
 
 Evidence = Sent | Judged

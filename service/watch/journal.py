@@ -17,16 +17,28 @@ AT_ONCE = 1024
 """Entries that one script adds, of two values each."""
 
 # A ring in one hash, so one key and one slot of a cluster, by commands that quotas need anyway: field i holds the latest of the
-# entries i, i + kept, i + 2 kept, ... A journal that was lost begins another epoch, so that its readers notice.
+# entries i, i + kept, i + 2 kept, ... A journal that was lost begins another epoch, so that its readers notice. So does one that a
+# store brings back from an earlier copy of itself: it ends before the entry that a reader knows, or has a later one in its place.
 EXCHANGE = """
--- KEYS: the journal. ARGV: epoch and number of the last entry that is known; entries kept; milliseconds kept; entries to add.
+-- KEYS: the journal. ARGV: epoch and number of the last entry that is known, and when it was read; entries kept; milliseconds
+-- kept; entries to add.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local head = redis.call('HMGET', KEYS[1], 'epoch', 'count')
-local epoch, count, kept = head[1], tonumber(head[2] or 0), tonumber(ARGV[3])
-local known = tonumber(ARGV[2])
-if epoch ~= ARGV[1] and known < 2^53 then
-  known = 0
+local epoch, count, kept = head[1], tonumber(head[2] or 0), tonumber(ARGV[4])
+local known, read = tonumber(ARGV[2]), tonumber(ARGV[3])
+local is_older = false
+if known < 2^53 then
+  if epoch == ARGV[1] and known > 0 then
+    is_older = known > count
+    if not is_older and count - known < kept then
+      local last = redis.call('HGET', KEYS[1], known % kept)
+      is_older = (tonumber(string.match(last or '', '^%d+')) or 0) > read
+    end
+  end
+  if is_older or epoch ~= ARGV[1] then
+    known = 0
+  end
 end
 local fields, news = {}, {}
 for i = math.max(known, count - kept) + 1, count do
@@ -35,16 +47,16 @@ end
 if #fields > 0 then
   news = redis.call('HMGET', KEYS[1], unpack(fields))
 end
-if #ARGV > 4 then
-  epoch = epoch or string.format('%.0f', now)
+if is_older or #ARGV > 5 then
+  epoch = not is_older and epoch or string.format('%.0f', now)
   local changes = {}
-  for i = 5, #ARGV do
+  for i = 6, #ARGV do
     count = count + 1
     changes[#changes + 1] = count % kept
     changes[#changes + 1] = string.format('%.0f', now) .. ':' .. ARGV[i]
   end
   redis.call('HSET', KEYS[1], 'epoch', epoch, 'count', count, unpack(changes))
-  redis.call('PEXPIRE', KEYS[1], ARGV[4])
+  redis.call('PEXPIRE', KEYS[1], ARGV[5])
 end
 return {now, epoch or '', count, news}
 """
@@ -80,7 +92,8 @@ class Journal:
     async def exchange(self, key: str, place: Place, entries: Sequence[bytes] = ()) -> list[Entry]:
         """Add entries, in one step with reading what was there before them; returns what was new, the oldest first.
 
-        Several may exchange from the same place at once: each entry is returned to one of them.
+        Several may exchange from the same place at once: each entry is returned to one of them. A journal of another epoch is
+        read from its beginning, but what was written before this reader read last is no news to it.
 
         Raises:
             StoreDownError: They may have been added or not.
@@ -89,11 +102,13 @@ class Journal:
         for start in range(0, max(1, len(entries)), AT_ONCE):
             added = entries[start : start + AT_ONCE]
             now, epoch, count, news = await self._store.run(self._exchange, key, *self._arguments(place, added))
+            read_at = 0
             if epoch != place.epoch:
-                place.epoch, place.number = epoch, 0
+                place.epoch, place.number, read_at = epoch, 0, place.read_at
             first = count - len(added) - len(news) + 1
-            found += [self._entry(now, text) for number, text in enumerate(news, first) if text and number > place.number]
-            place.number = max(place.number, count)
+            unread = [text for number, text in enumerate(news, first) if text and number > place.number]
+            found += [self._entry(now, text) for text in unread if _written_at(text) >= read_at]
+            place.number, place.read_at = max(place.number, count), max(place.read_at, now)
         return found
 
     async def add(self, entries: Mapping[str, bytes]) -> None:
@@ -106,10 +121,15 @@ class Journal:
         await self._store.run(self._delete, key)
 
     def _arguments(self, place: Place, added: Sequence[bytes]) -> list[str | float | bytes]:
-        return [place.epoch, place.number, self._kept, self._kept_ms, *(self._source + entry for entry in added)]
+        return [place.epoch, place.number, place.read_at, self._kept, self._kept_ms, *(self._source + entry for entry in added)]
 
     def _entry(self, now: int, text: bytes) -> Entry:
-        at, _, entry = text.partition(b":")
-        length = len(self._source)
-        age = max(0, now - int(at)) if at.isdigit() else 0
+        _, _, entry = text.partition(b":")
+        length, age = len(self._source), max(0, now - _written_at(text))
         return Entry(age / MICROSECONDS, entry[:length] == self._source, entry[length:])
+
+
+def _written_at(text: bytes) -> int:
+    """Return the store's time of an entry in microseconds; 0 for what is none."""
+    at = text.partition(b":")[0]
+    return int(at) if at.isdigit() else 0

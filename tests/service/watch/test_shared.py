@@ -28,6 +28,7 @@ pytestmark = needs_redis
 SECRET = "pepper-and-salt"
 LIMIT = 30
 ADDRESS = Caller("192.0.2.77", "anonymous")
+EVE_TOO = Caller("eve-too", "anonymous")
 
 
 class Replica(World):
@@ -274,6 +275,47 @@ async def test_without_the_store_each_replica_goes_on_alone_and_says_so(tmp_path
                 await until(lambda world=world: world.store.is_up)  # type: ignore[misc]
                 await world.hear()
             assert await ask_in_turn([one, other], BOB, search(60)) <= LIMIT + 4
+
+
+async def test_a_store_that_comes_back_as_it_was_earlier_hides_nothing_that_is_told_from_then_on(server: RedisServer) -> None:
+    client: Any = server.client
+    async with replicas(server, 3, watch_distances="off") as (one, other, third):
+        steps = search(60)
+        await one.ask(BOB, search(60, seed=7))
+        await ask_in_turn([one, other, third], ANN, steps[:6])
+        copies = {key: client.dump(key) for key in client.keys("palisade:watch:*") + client.keys("palisade:suspicions")}
+        await ask_in_turn([one, other], ANN, photos(60, seed=4))
+        await one.ask(EVE_TOO, search(60, seed=8))
+        for world in (one, other, third):
+            await world.hear()
+        await third.watch.before(ANN, photos(1, seed=5))
+        for key, copy in copies.items():
+            client.restore(key, 3_600_000, copy, replace=True)
+        await one.ask(ANN, steps[6:14])
+        await other.ask(ANN, steps[14 : LIMIT - 4])
+        for world in (other, third):
+            assert await world.ask(ANN, steps[LIMIT - 4 : LIMIT + 8]) < 12
+        needed = needed_images()
+        await third.ask(ADDRESS, photos(needed, seed=2), np.stack([unsure(index) for index in range(needed)]))
+        for world in (third, one, other):
+            await world.hear()
+            await world.hear()
+            assert await world.watch.is_suspect(ADDRESS.id)
+
+
+async def test_answers_that_an_older_copy_of_the_store_still_has_are_not_weighed_again(server: RedisServer) -> None:
+    client: Any = server.client
+    async with replicas(server, 2, watch_distances="off", watch_recent_images=8) as (one, other):
+        count = needed_images() // 2 + 1
+        await ask_in_turn([one], ANN, photos(count, seed=2), np.stack([unsure(index) for index in range(count)]))
+        await other.watch.before(ANN, photos(1, seed=3))
+        (journal,) = client.keys("palisade:watch:*")
+        copy = client.dump(journal)
+        await other.ask(ANN, photos(20, seed=4))
+        client.restore(journal, 3_600_000, copy, replace=True)
+        for world in (other, one):
+            await world.watch.before(ANN, photos(1, seed=5))
+            assert not await world.watch.is_suspect("ann")
 
 
 async def test_what_lies_in_the_store_is_bounded_and_has_no_address_in_it(server: RedisServer) -> None:
