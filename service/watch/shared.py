@@ -38,8 +38,9 @@ UNNAMED = "hash:"
 """What a caller is listed as, before its pseudonym, where this replica has not met it."""
 ENTRIES_PER_IMAGE = 4
 """Entries of a caller's journal for each image that is remembered: others may ask in between, and answers come on top."""
-HALF_LIVES = 4
-"""A journal is kept for as long as a run takes to fade to a sixteenth."""
+HALF_LIVES = 1
+"""A journal is kept for as long as a run takes to fade by half. Quotas should not be crowded out of a store by what hardly counts:
+who waits for that long after each run may send, with the default hour, 100 steps of a search an hour, and 69 who never waits."""
 DAY_S = 86_400
 """Suspicions are kept for so much longer than they last: a store that is short of memory forgets first what ends soonest."""
 
