@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import re
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ FOLLOW_S = 0.25
 """How often a replica asks for others' verdicts: a suspicion, and its forgiving, is known everywhere within about this."""
 TOLD_AT_ONCE = 8
 """Callers of whose answers others are told at once in the background: charges should not wait for many of them."""
+MOST_UNTOLD = 4096
+"""Verdicts that are kept for others while the store is down."""
 UNNAMED = "hash:"
 """What a caller is listed as, before its pseudonym, where this replica has not met it."""
 ENTRIES_PER_IMAGE = 4
@@ -85,6 +88,10 @@ class Shared:
         self._names: OrderedDict[str, str] = OrderedDict()  # of callers met here, by pseudonym
         self._most_names = settings.watch_max_callers
         self._untold: dict[str, list[Judged]] = {}  # answers, by caller
+        self._verdicts_untold: list[tuple[float, Verdict]] = []  # and since when
+        self._unforgiven: set[str] = set()  # forgiven here, and others do not know it yet
+        self._turn = asyncio.Lock()
+        self._suspect_s = 60 * settings.suspect_minutes
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -127,6 +134,8 @@ class Shared:
         Returns:
             What they told, with its age in seconds, the oldest first; from the beginning, what this replica told as well.
         """
+        if key in self._unforgiven:
+            await self.follow()
         knows_nothing = place.number == 0  # a caller that was forgotten here meanwhile: what was written here is news, too
         judged = self._untold.pop(key, None)
         entries = ([write_judged(judged)] if judged else []) + [write_sent(each) for each in sent]
@@ -151,30 +160,51 @@ class Shared:
                 await self._evidence.add({f"{PREFIX}watch:{key}": write_judged(judged) for key, judged in some})
 
     async def forget(self, key: str) -> None:
-        """Drop what all replicas hold against a caller: their journal of it now, the rest within :data:`FOLLOW_S`."""
+        """Drop what all replicas hold against a caller: their journal of it now, the rest within :data:`FOLLOW_S`.
+
+        While the store is down that waits until it is back, and nothing is read of the caller before.
+        """
         self._untold.pop(key, None)
-        with contextlib.suppress(StoreDownError):
-            await self._evidence.delete(f"{PREFIX}watch:{key}")
+        self._unforgiven.add(key)
         await self.follow(Forgiven(key))
 
     async def follow(self, *told: Verdict) -> None:
-        """Heed others' verdicts, and tell them of some; while the store is down nothing comes of either."""
-        try:
-            if not self._is_derived:
-                secret = await self._store.run(self._offer, f"{PREFIX}watch-secret", self.secret)
-                if secret != self.secret:
-                    self.secret = secret
-                    self._adopt(secret)
-            news = await self._verdicts.exchange(f"{PREFIX}suspicions", self._place, [write_verdict(each) for each in told])
-        except StoreDownError:
-            return
+        """Heed others' verdicts, and tell them of some; while the store is down they are kept, the latest of them, and told later."""
+        self._verdicts_untold += [(time.monotonic(), each) for each in told]
+        async with self._turn:
+            oldest = time.monotonic() - self._suspect_s
+            untold = [(at, each) for at, each in self._verdicts_untold if isinstance(each, Forgiven) or at > oldest]
+            untold, self._verdicts_untold = untold[-MOST_UNTOLD:], []
+            self._unforgiven &= {each.key for _, each in untold if isinstance(each, Forgiven)}
+            try:
+                await self._follow([each for _, each in untold])
+            except StoreDownError:
+                self._verdicts_untold[:0] = untold
+                return
+            except BaseException:
+                self._verdicts_untold[:0] = untold
+                raise
+
+    async def _follow(self, told: Sequence[Verdict]) -> None:
+        if not self._is_derived:
+            secret = await self._store.run(self._offer, f"{PREFIX}watch-secret", self.secret)
+            if secret != self.secret:
+                self.secret = secret
+                self._adopt(secret)
+        forgiven = {each.key for each in told if isinstance(each, Forgiven)}
+        for key in forgiven:
+            await self._evidence.delete(f"{PREFIX}watch:{key}")
+        news = await self._verdicts.exchange(f"{PREFIX}suspicions", self._place, [write_verdict(each) for each in told])
+        self._unforgiven -= forgiven
         for entry in news:
-            if verdict := read_verdict(entry.data):
+            verdict = read_verdict(entry.data)
+            if verdict and verdict.key not in forgiven:  # what is forgiven here was dropped at once, not what came after it
                 if isinstance(verdict, Forgiven):
                     self._untold.pop(verdict.key, None)
                 self._heed(verdict, entry.age_s, entry.is_ours)
         for each in told:  # in the order of the journal, in which they are the last
-            self._heed(each, 0.0, True)
+            if each.key not in forgiven:
+                self._heed(each, 0.0, True)
 
     def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something in the background; :meth:`finish` waits for it."""

@@ -185,7 +185,7 @@ class Watch:
     async def forgive(self, caller: str) -> bool:
         """Forget a caller's suspicions and what they rest on; returns whether there was a suspicion in force.
 
-        Other replicas forget them, too, within a quarter of a second; not while the store is down.
+        Other replicas forget them, too, within a quarter of a second, or once the store is back.
         """
         key = self._key(caller)
         if self._shared:
@@ -193,6 +193,7 @@ class Watch:
         was_any = self._suspects.forgive(key)
         if self._shared:
             await self._shared.forget(key)
+            self._suspects.forgive(key)  # what was noticed meanwhile
         self._records.pop(key, None)
         return was_any
 

@@ -277,6 +277,32 @@ async def test_without_the_store_each_replica_goes_on_alone_and_says_so(tmp_path
             assert await ask_in_turn([one, other], BOB, search(60)) <= LIMIT + 4
 
 
+async def test_who_is_forgiven_while_the_store_is_down_stays_so_when_it_is_back_with_its_data(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        async with replicas(server, 2, watch_distances="off") as (one, other):
+            needed = needed_images()
+            images, rows = photos(needed, seed=2), np.stack([unsure(index) for index in range(needed)])
+            await ask_in_turn([one, other], ANN, images, rows)
+            assert await ask_in_turn([one, other], ANN, search(60)) < 60
+            await one.hear()
+            one.store._timeout_s = 0.2
+            with server.frozen():
+                await one.watch.before(BOB, photos(1, seed=3))
+                assert not one.store.is_up
+                assert await one.watch.forgive("ann")
+                assert await one.ask(ANN, search(5)) == 5
+            one.store._timeout_s = PATIENCE_S
+            await until(lambda: one.store.is_up)
+            assert await one.ask(ANN, search(20)[5:]) == 15
+            for world in (one, other):
+                await world.hear()
+                assert await world.suspected() == []
+            assert await other.ask(ANN, search(8, seed=1)) == 8
+            async with replicas(server, 1, watch_distances="off") as (late,):
+                assert await late.ask(ANN, photos(3, seed=4)) == 3
+                assert await late.suspected() == []
+
+
 async def test_a_store_that_comes_back_as_it_was_earlier_hides_nothing_that_is_told_from_then_on(server: RedisServer) -> None:
     client: Any = server.client
     async with replicas(server, 3, watch_distances="off") as (one, other, third):
