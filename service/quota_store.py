@@ -14,7 +14,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,15 @@ redis.call('PEXPIRE', KEYS[1], 60000)
 """
 
 
+DROP = "redis.call('PEXPIRE', KEYS[1], 0)"
+
+
 class StoreDownError(Exception):
     """The store did not answer in time, refused, or is known to be down; whether it did its work is not known."""
+
+
+class KeyFaultError(StoreDownError):
+    """A script failed of what it found under its key, which was dropped; the store is up."""
 
 
 class Store:
@@ -64,7 +71,7 @@ class Store:
             retry=Retry(NoBackoff(), 0), protocol=2,
         )  # fmt: skip
         self._client = Redis(connection_pool=self._pool)
-        self._beat = self.script(BEAT)
+        self._beat, self._drop = self.script(BEAT), self.script(DROP)
         self._heart: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         on_change(False)
@@ -97,22 +104,45 @@ class Store:
             self._failed(error)
             raise StoreDownError from None
 
-    async def run_all(self, script: AsyncScript, calls: Sequence[tuple[str, Sequence[str | float | bytes]]]) -> None:
-        """Run ``script`` for each key and its arguments, in one round trip; raises :class:`StoreDownError`, as :meth:`run`."""
+    async def run_apart(self, script: AsyncScript, key: str, *arguments: str | float | bytes) -> Any:
+        """Return what ``script`` answers, as :meth:`run` does; what it can't read under its key is no fault of the store's.
+
+        Raises:
+            KeyFaultError: The key was dropped, if the store allowed it.
+            StoreDownError: As :meth:`run`.
+        """
+        return (await self.run_all(script, [(key, arguments)]))[0]
+
+    async def run_all(self, script: AsyncScript, calls: Sequence[tuple[str, Sequence[str | float | bytes]]]) -> list[Any]:
+        """Run ``script`` for each key and its arguments, in one round trip, each as by :meth:`run_apart`; returns all answers."""
         if not self.is_up:
             raise StoreDownError
         try:
             async with asyncio.timeout(self._timeout_s):
-                pipeline = self._client.pipeline(transaction=False)
-                for key, arguments in calls:
-                    pipeline.evalsha(script.sha, 1, key, *arguments)
-                await pipeline.execute()
-        except NoScriptError:  # the store is new, so that none of them ran
-            for key, arguments in calls:
-                await self.run(script, key, *arguments)
+                answers = await self._run_all(script, calls)
+                if any(isinstance(each, NoScriptError) for each in answers):  # the store is new, so that none of them ran
+                    await self._client.script_load(script.script)
+                    answers = await self._run_all(script, calls)
+                faults = [key for (key, _), answer in zip(calls, answers, strict=True) if _is_of_key(answer)]
+                for key in faults:
+                    log.warning("dropped %s from the limiter's store: it is not what this version writes", key)
+                    await self._drop(keys=[key])
+            for answer in answers:
+                if isinstance(answer, Exception) and not _is_of_key(answer):
+                    raise answer
         except Exception as error:
             self._failed(error)
             raise StoreDownError from None
+        if faults:
+            raise KeyFaultError
+        return answers
+
+    async def _run_all(self, script: AsyncScript, calls: Sequence[tuple[str, Sequence[str | float | bytes]]]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for key, arguments in calls:
+            pipeline.evalsha(script.sha, 1, key, *arguments)
+        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
 
     async def _watch(self) -> None:
         try:
@@ -145,6 +175,11 @@ class Store:
             log.info("the limiter's store %s is up", self._address)
         else:
             log.warning("the limiter's store %s is down (%s): the fall-back counts", self._address, _kind(error))
+
+
+def _is_of_key(answer: Any) -> bool:
+    """Tell whether a script failed of what it read: errors of the store's own state have classes of their own."""
+    return type(answer) is ResponseError
 
 
 def _kind(error: Exception) -> str:

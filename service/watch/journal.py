@@ -101,7 +101,7 @@ class Journal:
         found = []
         for start in range(0, max(1, len(entries)), AT_ONCE):
             added = entries[start : start + AT_ONCE]
-            now, epoch, count, news = await self._store.run(self._exchange, key, *self._arguments(place, added))
+            now, epoch, count, news = await self._store.run_apart(self._exchange, key, *self._arguments(place, added))
             read_at = 0
             if epoch != place.epoch:
                 place.epoch, place.number, read_at = epoch, 0, place.read_at
@@ -118,7 +118,7 @@ class Journal:
 
     async def delete(self, key: str) -> None:
         """Delete a journal; raises :class:`StoreDownError`."""
-        await self._store.run(self._delete, key)
+        await self._store.run_apart(self._delete, key)
 
     def _arguments(self, place: Place, added: Sequence[bytes]) -> list[str | float | bytes]:
         return [place.epoch, place.number, place.read_at, self._kept, self._kept_ms, *(self._source + entry for entry in added)]

@@ -31,6 +31,9 @@ from service.watch.evidence import (
 )
 from service.watch.journal import LONGEST, Journal
 
+FORMAT = 2
+"""Of what journals hold. Another one has journals of its own, so that two versions of the service may run side by side."""
+EVIDENCE, VERDICTS = f"{PREFIX}watch:{FORMAT}:", f"{PREFIX}suspicions:{FORMAT}"
 FOLLOW_S = 0.25
 """How often a replica asks for others' verdicts: a suspicion, and its forgiving, is known everywhere within about this."""
 TOLD_AT_ONCE = 8
@@ -140,7 +143,7 @@ class Shared:
         judged = self._untold.pop(key, None)
         entries = ([write_judged(judged)] if judged else []) + [write_sent(each) for each in sent]
         try:
-            news = await self._evidence.exchange(f"{PREFIX}watch:{key}", place, entries)
+            news = await self._evidence.exchange(f"{EVIDENCE}{key}", place, entries)
         except StoreDownError:
             self._metrics.limiter_fallback.labels("unshared").inc()
             return []
@@ -157,7 +160,7 @@ class Shared:
         with contextlib.suppress(StoreDownError):
             for start in range(0, len(untold), TOLD_AT_ONCE):
                 some = untold[start : start + TOLD_AT_ONCE]
-                await self._evidence.add({f"{PREFIX}watch:{key}": write_judged(judged) for key, judged in some})
+                await self._evidence.add({f"{EVIDENCE}{key}": write_judged(judged) for key, judged in some})
 
     async def forget(self, key: str) -> None:
         """Drop what all replicas hold against a caller: their journal of it now, the rest within :data:`FOLLOW_S`.
@@ -187,14 +190,14 @@ class Shared:
 
     async def _follow(self, told: Sequence[Verdict]) -> None:
         if not self._is_derived:
-            secret = await self._store.run(self._offer, f"{PREFIX}watch-secret", self.secret)
+            secret = await self._store.run_apart(self._offer, f"{PREFIX}watch-secret", self.secret)
             if secret != self.secret:
                 self.secret = secret
                 self._adopt(secret)
         forgiven = {each.key for each in told if isinstance(each, Forgiven)}
         for key in forgiven:
-            await self._evidence.delete(f"{PREFIX}watch:{key}")
-        news = await self._verdicts.exchange(f"{PREFIX}suspicions", self._place, [write_verdict(each) for each in told])
+            await self._evidence.delete(f"{EVIDENCE}{key}")
+        news = await self._verdicts.exchange(VERDICTS, self._place, [write_verdict(each) for each in told])
         self._unforgiven -= forgiven
         for entry in news:
             verdict = read_verdict(entry.data)

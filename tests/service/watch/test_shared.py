@@ -232,7 +232,7 @@ async def test_who_makes_a_replica_forget_them_goes_on_where_they_were(server: R
 def make_older(server: RedisServer, seconds: int) -> None:
     """Let what lies in the store have been written earlier."""
     client: Any = server.client
-    for key in client.keys("palisade:watch:*") + client.keys("palisade:suspicions"):
+    for key in client.keys("palisade:watch:2:*") + client.keys("palisade:suspicions:2"):
         for field, value in client.hgetall(key).items():
             at, colon, entry = value.partition(b":")
             if colon:
@@ -309,7 +309,7 @@ async def test_a_store_that_comes_back_as_it_was_earlier_hides_nothing_that_is_t
         steps = search(60)
         await one.ask(BOB, search(60, seed=7))
         await ask_in_turn([one, other, third], ANN, steps[:6])
-        copies = {key: client.dump(key) for key in client.keys("palisade:watch:*") + client.keys("palisade:suspicions")}
+        copies = {key: client.dump(key) for key in client.keys("palisade:watch:2:*") + client.keys("palisade:suspicions:2")}
         await ask_in_turn([one, other], ANN, photos(60, seed=4))
         await one.ask(EVE_TOO, search(60, seed=8))
         for world in (one, other, third):
@@ -335,7 +335,7 @@ async def test_answers_that_an_older_copy_of_the_store_still_has_are_not_weighed
         count = needed_images() // 2 + 1
         await ask_in_turn([one], ANN, photos(count, seed=2), np.stack([unsure(index) for index in range(count)]))
         await other.watch.before(ANN, photos(1, seed=3))
-        (journal,) = client.keys("palisade:watch:*")
+        (journal,) = client.keys("palisade:watch:2:*")
         copy = client.dump(journal)
         await other.ask(ANN, photos(20, seed=4))
         client.restore(journal, 3_600_000, copy, replace=True)
@@ -350,11 +350,11 @@ async def test_what_lies_in_the_store_is_bounded_and_has_no_address_in_it(server
         await world.ask(ADDRESS, search(60))
         await world.hear()
         client: Any = server.client
-        (journal,) = client.keys("palisade:watch:*")
+        (journal,) = client.keys("palisade:watch:2:*")
         assert client.hlen(journal) == 4 * 8 + 2
         assert 0 < client.pttl(journal) <= 10 * 60_000
         assert max(len(value) for value in client.hvals(journal)) < 400
-        assert 0 < client.pttl("palisade:suspicions") <= 25 * 3_600_000
+        assert 0 < client.pttl("palisade:suspicions:2") <= 25 * 3_600_000
         everything = str([(key, client.hgetall(key)) for key in client.keys("*")])
         for secret in (ADDRESS.id, SECRET, repr(world.shared.secret)[2:-1]):
             assert secret not in everything
@@ -385,12 +385,39 @@ async def test_entries_of_another_form_are_passed_over(server: RedisServer) -> N
         await one.ask(ANN, search(3))
         await one.hear()
         client: Any = server.client
-        (journal,) = client.keys("palisade:watch:*")
+        (journal,) = client.keys("palisade:watch:2:*")
         client.hset(journal, "2", b"junk")
         client.hset(journal, "3", b"1:" + b"12345678" + b"Znew")
-        client.hset("palisade:suspicions", mapping={"epoch": "1", "count": "2", "1": b"1:12345678N", "2": b""})
+        client.hset("palisade:suspicions:2", mapping={"epoch": "1", "count": "2", "1": b"1:12345678N", "2": b""})
         await other.hear()
-        assert await ask_in_turn([one, other], ANN, search(60)[3:]) < 60
+        assert await ask_in_turn([one, other], ANN, search(60)[3:]) <= LIMIT + 4
+
+
+@pytest.mark.parametrize("fault", ["type", "count"])
+async def test_a_key_that_cannot_be_read_costs_neither_quotas_their_store_nor_the_watch_more_than_its_journal(
+    server: RedisServer, fault: str
+) -> None:
+    ups: list[bool] = []
+    client: Any = server.client
+    async with replicas(server, 2, watch_distances="off") as (one, other):
+        await ask_in_turn([one, other], ANN, search(9))
+        one.store._on_change = ups.append
+        (journal,) = client.keys("palisade:watch:2:*")
+        for key in (journal, "palisade:suspicions:2"):
+            if fault == "type":
+                client.set(key, "abc")
+            else:
+                client.hset(key, mapping={"epoch": "1", "count": "abc"})
+        assert await one.ask(ANN, search(12)[9:]) == 3
+        assert one.unshared() >= 1
+        await one.hear()
+        await one.ask(BOB, search(60))
+        for world in (one, other):
+            await world.hear()
+            await world.hear()
+            assert [detector for _, detector in await world.suspected()] == ["near-duplicates"]
+        assert await ask_in_turn([one, other], ANN, search(60)[12:]) <= LIMIT - 6
+        assert ups == []
 
 
 async def test_many_images_at_once_are_shared_whole_by_a_store_that_was_new_meanwhile(server: RedisServer) -> None:
