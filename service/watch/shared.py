@@ -40,6 +40,8 @@ TOLD_AT_ONCE = 8
 """Callers of whose answers others are told at once in the background: charges should not wait for many of them."""
 MOST_UNTOLD = 4096
 """Verdicts that are kept for others while the store is down."""
+UNTOLD_CALLERS = 256
+"""Callers whose answers, one for each image that is remembered, are kept for others while the store is down: 5 MB by default."""
 UNNAMED = "hash:"
 """What a caller is listed as, before its pseudonym, where this replica has not met it."""
 ENTRIES_PER_IMAGE = 4
@@ -94,6 +96,7 @@ class Shared:
         self._verdicts_untold: list[tuple[float, Verdict]] = []  # and since when
         self._unforgiven: set[str] = set()  # forgiven here, and others do not know it yet
         self._turn = asyncio.Lock()
+        self._most_answers = settings.watch_recent_images
         self._suspect_s = 60 * settings.suspect_minutes
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
@@ -146,21 +149,34 @@ class Shared:
             news = await self._evidence.exchange(f"{EVIDENCE}{key}", place, entries)
         except StoreDownError:
             self._metrics.limiter_fallback.labels("unshared").inc()
+            self._keep(key, judged or [])
             return []
         unknown = [entry for entry in news if knows_nothing or not entry.is_ours]
         return [(entry.age_s, each) for entry in unknown for each in read_evidence(entry.data)]
 
     def tell(self, key: str, judged: Sequence[Judged]) -> None:
         """Tell others of answers to a caller, with its next images or within :data:`FOLLOW_S`, all callers' together."""
-        self._untold.setdefault(key, []).extend(judged)
+        self._keep(key, [*self._untold.pop(key, []), *judged])
 
     async def flush(self) -> None:
-        """Tell others now what they were not told yet; while the store is down it is dropped."""
-        untold, self._untold = list(self._untold.items()), {}
-        with contextlib.suppress(StoreDownError):
-            for start in range(0, len(untold), TOLD_AT_ONCE):
-                some = untold[start : start + TOLD_AT_ONCE]
-                await self._evidence.add({f"{EVIDENCE}{key}": write_judged(judged) for key, judged in some})
+        """Tell others now what they were not told yet; while the store is down some of it is kept, see :data:`UNTOLD_CALLERS`."""
+        for start in range(0, len(callers := list(self._untold)), TOLD_AT_ONCE):
+            some = {key: self._untold.pop(key) for key in callers[start : start + TOLD_AT_ONCE] if key in self._untold}
+            try:
+                await self._evidence.add({f"{EVIDENCE}{key}": write_judged(judged) for key, judged in some.items()})
+            except StoreDownError:
+                for key, judged in some.items():
+                    self._keep(key, judged)
+                return
+
+    def _keep(self, key: str, judged: Sequence[Judged]) -> None:
+        """Keep answers to a caller for others, those before what is kept of it already."""
+        if judged and key not in self._unforgiven:
+            self._untold[key] = [*judged, *self._untold.pop(key, [])]
+            if not self._store.is_up:
+                self._untold[key] = self._untold[key][-self._most_answers :]
+                while len(self._untold) > UNTOLD_CALLERS:
+                    del self._untold[next(iter(self._untold))]
 
     async def forget(self, key: str) -> None:
         """Drop what all replicas hold against a caller: their journal of it now, the rest within :data:`FOLLOW_S`.

@@ -303,6 +303,26 @@ async def test_who_is_forgiven_while_the_store_is_down_stays_so_when_it_is_back_
                 assert await late.suspected() == []
 
 
+async def test_what_could_not_be_told_in_an_outage_is_told_after_it(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        async with replicas(server, 2, watch_distances="off") as (one, other):
+            needed = needed_images()
+            images, rows = photos(needed, seed=2), np.stack([unsure(index) for index in range(needed)])
+            server.kill()
+            await one.ask(ANN, images[:-1], rows[:-1])
+            await one.ask(ADDRESS, search(60))
+            await one.told()
+            server.start()
+            for world in (one, other):
+                await until(lambda world=world: world.store.is_up)  # type: ignore[misc]
+            await one.hear()
+            await other.hear()
+            assert [detector for _, detector in await other.suspected()] == ["near-duplicates"]
+            assert len(await one.suspected()) == 1
+            await other.ask(ANN, images[-1:], rows[-1:])
+            assert await other.watch.is_suspect("ann")
+
+
 async def test_a_store_that_comes_back_as_it_was_earlier_hides_nothing_that_is_told_from_then_on(server: RedisServer) -> None:
     client: Any = server.client
     async with replicas(server, 3, watch_distances="off") as (one, other, third):
