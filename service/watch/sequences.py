@@ -112,6 +112,7 @@ class Sequences:
                 longest = int(faded.argmax())
                 is_step = np.count_nonzero(recent.fixed[shares.argmax()] == fixed) >= SAME_PLACE * SLOTS
                 length = float(faded[longest]) + (1.0 if is_step else MOVED_WEIGHT)
+                now = max(now, float(recent.seen[longest]))
                 if length > self._limit:
                     # Refused for a half-life from here on, not only until one image has faded; then one more is answered.
                     recent.length[longest], recent.seen[longest] = 2 * max(0.0, self._limit - 1), now
@@ -141,7 +142,8 @@ class Sequences:
     def _faded(self, now: float) -> np.ndarray:
         """Return what is left of each remembered image's length, ``(held,)``."""
         recent = self._recent
-        left: np.ndarray = recent.length[: recent.held] * 0.5 ** ((now - recent.seen[: recent.held]) / self._half_life_s)
+        age = np.maximum(0.0, now - recent.seen[: recent.held])  # what others saw is heard of late: nothing grows of that
+        left: np.ndarray = recent.length[: recent.held] * 0.5 ** (age / self._half_life_s)
         return left
 
     def _next_row(self, now: float) -> int:
