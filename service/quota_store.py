@@ -114,7 +114,7 @@ class Store:
         return (await self.run_all(script, [(key, arguments)]))[0]
 
     async def run_all(self, script: AsyncScript, calls: Sequence[tuple[str, Sequence[str | float | bytes]]]) -> list[Any]:
-        """Run ``script`` for each key and its arguments, in one round trip, each as by :meth:`run_apart`; returns all answers."""
+        """Run ``script`` for each key and its arguments, in one round trip, as by :meth:`run_apart`; returns all answers."""
         if not self.is_up:
             raise StoreDownError
         try:

@@ -53,7 +53,7 @@ class Scheduler:
         self._admission = Admission(self._batcher, self._quotas.limiters, metrics)
         self._answers = AnswerCache(settings.answer_cache_images)
         self._watch = Watch(settings, metrics, time.monotonic, shared=_shared(settings, self._quotas, metrics))
-        self._watch.model_changed(_is_embedded(engine))
+        self._watch.model_changed(_is_embedded(engine), engine.version)
         self._runner: asyncio.Task[None] | None = None
         self._is_ready = False
 
@@ -97,7 +97,7 @@ class Scheduler:
         async with self._turnstile.closed():
             before, self._serving.engine = self._serving.engine, engine
             self._answers = AnswerCache(self._answers.capacity)
-            self._watch.model_changed(is_embedded)
+            self._watch.model_changed(is_embedded, engine.version)
         return before
 
     def load(self) -> dict[str, int]:

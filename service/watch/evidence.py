@@ -15,7 +15,7 @@ DETECTORS = ("near-duplicates", "off-distribution", "distances")
 """By their number in what is written down."""
 _FREE_BYTES, _FIXED_BYTES = 4 * SLOTS, 2 * SLOTS
 _SENT = struct.Struct(f"<cQ{_FREE_BYTES}s{_FIXED_BYTES}s")
-_JUDGED = struct.Struct("<QHHbf")
+_JUDGED = struct.Struct("<QHHbfI")
 _SUSPICION = struct.Struct("<c16sBI")
 _FORGIVEN = struct.Struct("<c16s")
 
@@ -39,6 +39,7 @@ class Judged:
         classes: How many classes the model has that answered.
         is_unsure: Whether the answer was unsure; ``None`` where nobody tests that.
         distance: Of its thumbnail to the nearest one before of its class; ``None`` without one, and where it was passed over.
+        model: Tells the model that answered from others, 32 bits: what is unsure says nothing of another's answers.
     """
 
     exact: int
@@ -46,6 +47,7 @@ class Judged:
     classes: int
     is_unsure: bool | None
     distance: float | None
+    model: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Forgiven:
 
 @dataclass
 class Place:
-    """How far a journal of evidence or verdicts was read: its epoch, its last entry's number, the store's time in microseconds."""
+    """How far a journal of evidence or verdicts was read: its epoch, its last entry's number, the store's time in µs."""
 
     epoch: bytes = b""
     number: int = 0
@@ -93,7 +95,7 @@ def write_judged(judged: Sequence[Judged]) -> bytes:
     rows = (
         _JUDGED.pack(
             each.exact, each.label, each.classes, -1 if each.is_unsure is None else each.is_unsure,
-            math.nan if each.distance is None else each.distance,
+            math.nan if each.distance is None else each.distance, each.model,
         )
         for each in judged
     )  # fmt: skip
@@ -115,8 +117,15 @@ def read_evidence(data: bytes) -> list[Evidence]:
         return [Sent(exact, np.frombuffer(free, "<u4"), np.frombuffer(fixed, "<u2"))]
     if data[:1] == b"J" and len(data) % _JUDGED.size == 1:
         return [
-            Judged(exact, label, classes, None if unsure < 0 else bool(unsure), None if math.isnan(distance) else distance)
-            for exact, label, classes, unsure, distance in _JUDGED.iter_unpack(data[1:])
+            Judged(
+                exact,
+                label,
+                classes,
+                None if unsure < 0 else bool(unsure),
+                distance if math.isfinite(distance) else None,
+                model,
+            )
+            for exact, label, classes, unsure, distance, model in _JUDGED.iter_unpack(data[1:])
             if label < classes
         ]
     return []

@@ -41,14 +41,14 @@ TOLD_AT_ONCE = 8
 MOST_UNTOLD = 4096
 """Verdicts that are kept for others while the store is down."""
 UNTOLD_CALLERS = 256
-"""Callers whose answers, one for each image that is remembered, are kept for others while the store is down: 5 MB by default."""
+"""Callers whose answers, one for each image that is remembered, are kept while the store is down: 5 MB by default."""
 UNNAMED = "hash:"
 """What a caller is listed as, before its pseudonym, where this replica has not met it."""
 ENTRIES_PER_IMAGE = 4
 """Entries of a caller's journal for each image that is remembered: others may ask in between, and answers come on top."""
 HALF_LIVES = 1
-"""A journal is kept for as long as a run takes to fade by half. Quotas should not be crowded out of a store by what hardly counts:
-who waits for that long after each run may send, with the default hour, 100 steps of a search an hour, and 69 who never waits."""
+"""A journal is kept for as long as a run takes to fade by half. Quotas should not be crowded out of a store by what hardly
+counts: who waits for that long after each run may send, by default, 100 steps of a search an hour, and 69 who never waits."""
 DAY_S = 86_400
 """Suspicions are kept for so much longer than they last: a store that is short of memory forgets first what ends soonest."""
 
@@ -159,7 +159,7 @@ class Shared:
         self._keep(key, [*self._untold.pop(key, []), *judged])
 
     async def flush(self) -> None:
-        """Tell others now what they were not told yet; while the store is down some of it is kept, see :data:`UNTOLD_CALLERS`."""
+        """Tell others now what they were not told yet; see :data:`UNTOLD_CALLERS` for when the store is down."""
         for start in range(0, len(callers := list(self._untold)), TOLD_AT_ONCE):
             some = {key: self._untold.pop(key) for key in callers[start : start + TOLD_AT_ONCE] if key in self._untold}
             try:
@@ -188,7 +188,7 @@ class Shared:
         await self.follow(Forgiven(key))
 
     async def follow(self, *told: Verdict) -> None:
-        """Heed others' verdicts, and tell them of some; while the store is down they are kept, the latest of them, and told later."""
+        """Heed others' verdicts, and tell them of some: later, while the store is down, of the latest :data:`MOST_UNTOLD`."""
         self._verdicts_untold += [(time.monotonic(), each) for each in told]
         async with self._turn:
             oldest = time.monotonic() - self._suspect_s

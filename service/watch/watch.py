@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -81,6 +82,7 @@ class Watch:
         self._shared = shared
         self._modes = settings.watch_modes()
         self._test = _test_of(settings, settings.checkpoint in EMBEDDED)
+        self._model = 0  # which one is judged, for other replicas
         secret = shared.secret if shared else secret or secrets.token_bytes(32)
         self._fingerprinter = Fingerprinter(secret)
         self._sample_key = hashlib.blake2b(b"distances", key=hashlib.sha256(secret).digest()).digest()
@@ -162,7 +164,7 @@ class Watch:
                 exact = look.exact[index]
                 if self._record(key).sequences.judge(exact) and int(exact) not in judged:
                     found = self._record(key).judge(exact, rows[index], thumbnail, test if test is self._test else None)
-                    judged[int(exact)] = found
+                    judged[int(exact)] = replace(found, model=self._model)
                     for detector in self._record(key).weigh(found, self._test):
                         self._note(caller, detector, 1)
                 if number % TURN == 0:
@@ -197,11 +199,13 @@ class Watch:
         self._records.pop(key, None)
         return was_any
 
-    def model_changed(self, is_embedded: bool) -> None:
+    def model_changed(self, is_embedded: bool, version: str) -> None:
         """Judge another model's confidences from now on: ``auto`` does so for a checkpoint ``is_embedded`` in the package only.
 
-        What the ones before said of callers is forgotten; suspicions that they led to stay.
+        What the ones before said of callers is forgotten; suspicions that they led to stay. Replicas weigh each other's answers
+        of the same ``version`` only.
         """
+        self._model = zlib.crc32(version.encode())
         self._test = _test_of(self._settings, is_embedded)
         for record in self._records.values():
             record.model_changed()
@@ -260,6 +264,8 @@ class Watch:
             sequences.look(exact, evidence.free, evidence.fixed, at)  # whoever was sent it refuses it, and counts that
         elif sequences.judge(exact):
             self._drop_old_evidence(key, at)
+            if evidence.model != self._model:
+                evidence = replace(evidence, is_unsure=None)
             for detector in self._record(key).weigh(evidence, self._test):
                 self._suspects.suspect(key, detector, 0, at)
 

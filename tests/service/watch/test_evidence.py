@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def test_evidence_comes_back_as_it_was() -> None:
     assert found.exact == 2**64 - 1
     assert np.array_equal(found.free, sent.free)
     assert np.array_equal(found.fixed, sent.fixed)
-    judged = [Judged(7, 3, 10, True, 12.5), Judged(8, 999, 1000, None, None), Judged(9, 0, 10, False, 0.25)]
+    judged = [Judged(7, 3, 10, True, 12.5), Judged(8, 999, 1000, None, None, 2**32 - 1), Judged(9, 0, 10, False, 0.25)]
     assert read_evidence(write_judged(judged)) == judged
 
 
@@ -50,3 +52,8 @@ def test_what_is_cut_short_or_longer_says_nothing(cut: int) -> None:
 
 def test_an_answer_that_no_model_gives_says_nothing() -> None:
     assert read_evidence(write_judged([Judged(7, 10, 10, True, 1.0)])) == []
+
+
+@pytest.mark.parametrize("distance", [math.inf, -math.inf, math.nan])
+def test_a_distance_that_is_no_number_says_nothing(distance: float) -> None:
+    assert read_evidence(write_judged([Judged(7, 3, 10, True, distance)])) == [Judged(7, 3, 10, True, None)]

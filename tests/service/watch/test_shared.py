@@ -229,6 +229,20 @@ async def test_who_makes_a_replica_forget_them_goes_on_where_they_were(server: R
         assert await world.ask(ADDRESS, steps[LIMIT - 5 :]) <= 9
 
 
+async def test_answers_of_a_model_are_weighed_where_the_same_one_answers(server: RedisServer) -> None:
+    async with replicas(server, 3, watch_distances="off") as (one, same, updated):
+        needed = needed_images()
+        for world, version in ((one, "0a"), (same, "0a"), (updated, "0b")):
+            world.watch.model_changed(True, version)
+        images, rows = photos(needed + 1, seed=2), np.stack([unsure(index) for index in range(needed + 1)])
+        await one.ask(ANN, images[: needed - 1], rows[: needed - 1])
+        await one.told()
+        await updated.ask(ANN, images[needed:], rows[needed:])
+        assert not await updated.watch.is_suspect("ann")
+        await same.ask(ANN, images[needed - 1 : needed], rows[needed - 1 : needed])
+        assert await same.watch.is_suspect("ann")
+
+
 def make_older(server: RedisServer, seconds: int) -> None:
     """Let what lies in the store have been written earlier."""
     client: Any = server.client
