@@ -145,8 +145,9 @@ class Store:
         return answers
 
     async def _watch(self) -> None:
+        me = asyncio.current_task()
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and not (me and me.cancelling()):  # the client can swallow a cancellation
                 self._failed(await self._try())
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), BEAT_S)

@@ -18,7 +18,7 @@ AT_ONCE = 1024
 
 # A ring in one hash, so one key and one slot of a cluster, by commands that quotas need anyway: field i holds the latest of the
 # entries i, i + kept, i + 2 kept, ... A journal that was lost begins another epoch, so that its readers notice. So does one
-# that a store brings back from an earlier copy of itself: it ends before the entry that a reader knows, or has a later one there.
+# that a store brings back from an earlier copy of itself: it ends before the entry that a reader knows, or has a later one.
 EXCHANGE = """
 -- KEYS: the journal. ARGV: epoch and number of the last entry that is known, and when it was read; entries kept; milliseconds
 -- kept; entries to add.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -29,7 +30,9 @@ from service.watch.evidence import (
     write_sent,
     write_verdict,
 )
-from service.watch.journal import LONGEST, Journal
+from service.watch.journal import LONGEST, Entry, Journal
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 """Of what journals hold. Another one has journals of its own, so that two versions of the service may run side by side."""
@@ -112,7 +115,7 @@ class Shared:
             adopt: Told of another key of fingerprints: other replicas have that one.
         """
         self._heed, self._adopt = heed, adopt
-        await self.follow()
+        await self._guarded(self.follow())
         self._following = asyncio.create_task(self._go_on_following())
 
     def stop(self) -> None:
@@ -196,24 +199,27 @@ class Shared:
             untold, self._verdicts_untold = untold[-MOST_UNTOLD:], []
             self._unforgiven &= {each.key for _, each in untold if isinstance(each, Forgiven)}
             try:
-                await self._follow([each for _, each in untold])
-            except StoreDownError:
+                news = await self._tell_verdicts([each for _, each in untold])
+            except BaseException as error:
                 self._verdicts_untold[:0] = untold
-                return
-            except BaseException:
-                self._verdicts_untold[:0] = untold
+                if isinstance(error, StoreDownError):
+                    return
                 raise
+            self._heed_all(news, [each for _, each in untold])
 
-    async def _follow(self, told: Sequence[Verdict]) -> None:
+    async def _tell_verdicts(self, told: Sequence[Verdict]) -> list[Entry]:
+        """Tell others of verdicts in one step with learning theirs; evidence against who is forgiven is deleted before."""
         if not self._is_derived:
             secret = await self._store.run_apart(self._offer, f"{PREFIX}watch-secret", self.secret)
             if secret != self.secret:
                 self.secret = secret
                 self._adopt(secret)
-        forgiven = {each.key for each in told if isinstance(each, Forgiven)}
-        for key in forgiven:
+        for key in {each.key for each in told if isinstance(each, Forgiven)}:
             await self._evidence.delete(f"{EVIDENCE}{key}")
-        news = await self._verdicts.exchange(VERDICTS, self._place, [write_verdict(each) for each in told])
+        return await self._verdicts.exchange(VERDICTS, self._place, [write_verdict(each) for each in told])
+
+    def _heed_all(self, news: Sequence[Entry], told: Sequence[Verdict]) -> None:
+        forgiven = {each.key for each in told if isinstance(each, Forgiven)}
         self._unforgiven -= forgiven
         for entry in news:
             verdict = read_verdict(entry.data)
@@ -226,8 +232,8 @@ class Shared:
                 self._heed(each, 0.0, True)
 
     def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do something in the background; :meth:`finish` waits for it."""
-        task = asyncio.ensure_future(work)
+        """Do something in the background; :meth:`finish` waits for it. What goes wrong in it costs nobody an answer."""
+        task = asyncio.ensure_future(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -238,12 +244,21 @@ class Shared:
         while tasks := [*self._tasks, *([self._following] if self._following else [])]:
             await asyncio.wait(tasks)
             self._following = None
-        await self.flush()
+        await self._guarded(self.flush())
 
     async def _go_on_following(self) -> None:
-        while True:
+        me = asyncio.current_task()
+        while not (me and me.cancelling()):  # wait_for of Python 3.11 can lose a cancellation
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), FOLLOW_S)
                 return
-            await self.follow()
-            await self.flush()
+            await self._guarded(self.follow())
+            await self._guarded(self.flush())
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something without which the service can go on, if need be."""
+        try:
+            await work
+        except Exception:
+            log.exception("the watch can't share what it notices with other replicas: it goes on alone for now")
+            self._metrics.limiter_fallback.labels("unshared").inc()

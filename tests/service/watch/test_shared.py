@@ -427,6 +427,25 @@ async def test_entries_of_another_form_are_passed_over(server: RedisServer) -> N
         assert await ask_in_turn([one, other], ANN, search(60)[3:]) <= LIMIT + 4
 
 
+async def test_what_nobody_thought_of_costs_no_answer_and_sharing_goes_on(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with replicas(server, 2, watch_distances="off") as (one, other):
+        with monkeypatch.context() as broken:
+            broken.setattr(one.watch, "_heed", None)
+            broken.setattr(one.watch, "_replay", None)
+            broken.setattr(one.shared, "_heed", None)
+            await ask_in_turn([other], ANN, search(60))
+            await until(lambda: one.unshared() >= 1)
+            assert await one.ask(ANN, photos(3, seed=4)) == 3
+            assert await one.ask(BOB, search(12)) == 12
+        assert "goes on alone" in caplog.text
+        await other.ask(ADDRESS, search(60))
+        await other.told()
+        await until(lambda: len(one.watch._suspects.list()) == 1)
+        assert await other.ask(BOB, search(60)[12:]) <= LIMIT - 6
+
+
 @pytest.mark.parametrize("fault", ["type", "count"])
 async def test_a_key_that_cannot_be_read_costs_neither_quotas_their_store_nor_the_watch_more_than_its_journal(
     server: RedisServer, fault: str
