@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.batcher import Batcher, Places
@@ -58,7 +59,8 @@ class Admission:
         Args:
             caller: Who asks.
             images: How many.
-            policy: That of the caller's answers: its tier, or ``suspect``, which has a quota that is charged beside the tier's.
+            policy: That of the caller's answers: its tier, or ``suspect``, which has a quota that is charged before the tier's:
+                not in one step, so that others may find the first charged for a request that the second refuses.
 
         Raises:
             Problem: 413, 429 or 503; nothing is held or charged then.
@@ -66,9 +68,9 @@ class Admission:
         places = self._batcher.reserve(images)
         charges: dict[str, Charge] = {}
         try:
-            for tier in _tiers(caller, policy):
-                if limiter := self._limiters.get(tier):
-                    charges[tier] = await self._charge(limiter, tier, caller.id, images)
+            tiers = [tier for tier in _tiers(caller, policy) if tier in self._limiters]
+            for number, tier in enumerate(tiers, 1):
+                charges[tier] = await self._charge(tier, caller.id, images, tiers[number:])
         except BaseException:
             self._batcher.release(places)
             self._refund(charges)
@@ -87,15 +89,21 @@ class Admission:
         limiters = [self._limiters[tier] for tier in _tiers(caller, policy) if tier in self._limiters]
         return _tightest([await limiter.levels(caller.id) for limiter in limiters])
 
-    async def _charge(self, limiter: Limiter, tier: str, caller: str, images: int) -> Charge:
+    async def _charge(self, tier: str, caller: str, images: int, later: Sequence[str]) -> Charge:
+        """Charge a tier's quota; a refusal says when that of the tiers that would be charged later has room, too."""
         try:
-            return await limiter.charge(caller, images)
+            return await self._limiters[tier].charge(caller, images)
         except RequestTooLargeError as error:
             limit = f"{error.window.quota} {'in all' if error.window.seconds is None else 'per ' + error.window.name}"
             raise too_large(f"{images} images in one request, but the quota is {limit}: send fewer") from error
         except QuotaExceededError as error:
             self._metrics.quota_denied.labels(tier, error.level.window.name).inc()
-            raise quota_exceeded(error.level.window.name, error.level.reset_s) from error
+            levels = [error.level]
+            with contextlib.suppress(BudgetUnknownError):
+                for each in later:
+                    levels += await self._limiters[each].levels(caller)
+            last = QuotaExceededError(levels, images).level
+            raise quota_exceeded(last.window.name, last.reset_s) from error
         except BudgetUnknownError as error:
             raise quota_unknown() from error
 

@@ -160,3 +160,13 @@ async def test_a_suspects_failed_request_is_refunded_to_both_quotas() -> None:
     desk.admission.settle(ticket, refund=True)
     assert await desk.left() == 9
     assert [level.remaining for level in await desk.admission.levels(ANN, "suspect")] == [4]
+
+
+@pytest.mark.parametrize(("limits", "suspects"), [("5/day", "5/minute"), ("5/minute", "5/day")])
+async def test_a_suspect_whom_both_quotas_refuse_is_told_when_both_have_room(limits: str, suspects: str) -> None:
+    desk = Desk(limits, suspects=suspects)
+    desk.admission.settle(await desk.admission.admit(ANN, 4, "suspect"), refund=False)
+    with pytest.raises(Problem) as refusal:
+        await desk.admission.admit(ANN, 2, "suspect")
+    assert refusal.value.headers["Retry-After"] == "86400"
+    assert "day" in refusal.value.detail
