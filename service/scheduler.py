@@ -193,7 +193,7 @@ class Scheduler:
 
 def _shared(settings: Settings, quotas: TierQuotas, metrics: Metrics) -> Shared | None:
     """Return what connects the watch with other replicas', if there may be any."""
-    if quotas.store is None:
+    if quotas.store is None or not settings.watches():
         return None
     from service.watch.shared import Shared  # needs the store's client, which is not always installed
 

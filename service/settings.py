@@ -220,6 +220,12 @@ class Settings(BaseSettings):
         modes: dict[str, WatchMode] = {tier: getattr(self, f"tier_{tier}_watch") for tier in TIERS}
         return {tier: mode if self.limits == "on" else "off" for tier, mode in {**modes, SUSPECT: "act"}.items()}
 
+    def watches(self) -> bool:
+        """Tell whether any detector may look at any caller."""
+        detectors = (self.watch_near_duplicates, self.watch_off_distribution, self.watch_distances)
+        modes = self.watch_modes()
+        return any(each != "off" for each in detectors) and any(modes[tier] != "off" for tier in TIERS)
+
 
 def _is_redis(url: str) -> bool:
     """Tell whether a URL names a Redis or Valkey server, with nothing in it that would be passed over in silence."""

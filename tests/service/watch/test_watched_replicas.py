@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from tests.service.conftest import PATIENCE_S, InProcess, SharedEngine, serve_in_process
 from tests.service.redis_server import RedisServer, needs_redis, redis_server
@@ -92,6 +93,26 @@ async def test_a_suspect_at_one_replica_gets_labels_and_the_suspects_quota_at_th
             reply = await infer(second, photos(2, seed=4))
             assert [output["name"] for output in reply.json()["outputs"]] == ["class_id"]
             assert reply.headers["RateLimit"].startswith('"hour";r=7')
+
+
+@pytest.mark.parametrize(
+    ("off", "shares"),
+    [
+        ({}, True),
+        ({"watch_near_duplicates": "off", "watch_off_distribution": "off", "watch_distances": "off"}, False),
+        ({"tier_anonymous_watch": "off", "tier_standard_watch": "off", "tier_trusted_watch": "off"}, False),
+    ],
+)
+async def test_where_nothing_is_watched_the_store_has_quotas_only(
+    engine: SharedEngine, tmp_path_factory: Any, off: dict[str, str], shares: bool
+) -> None:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        chosen = {**settings_for(server), **off, "limiter_secret": ""}
+        async with serve_in_process(engine, **chosen) as served, served.client() as client:
+            assert (await infer(client, photos(1, seed=1))).status_code == 200
+            client_of_store: Any = server.client
+            assert bool(client_of_store.keys("palisade:watch*")) is shares
+            assert client_of_store.keys("palisade:quota:*")
 
 
 async def until_listed(served: InProcess, suspicion: tuple[str, str], listed: bool = True) -> None:
