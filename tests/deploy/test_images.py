@@ -130,7 +130,10 @@ def test_the_training_image_is_the_one_that_the_job_names() -> None:
 def test_what_the_service_image_installs_is_what_the_service_is_tested_with() -> None:
     tested, cpu, cuda = pins("service.txt"), pins("service-cpu.txt"), pins("service-cuda.txt")
     assert cpu.items() <= tested.items()
-    assert cuda.items() <= tested.items()
+    gpu = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
+    dev = pins("dev.txt")
+    assert {name: cuda[name] for name in gpu}.items() <= dev.items()
+    assert {name: pin for name, pin in cuda.items() if name not in gpu}.items() <= tested.items()
     assert {"openvino", "redis", "opentelemetry-sdk"} <= cpu.keys()
     assert {"torch", "redis", "opentelemetry-sdk"} <= cuda.keys()
     training_only = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["train"]}
