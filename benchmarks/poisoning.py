@@ -6,14 +6,15 @@
 
 A fixed, class-balanced subset of CIFAR-10's training images (`--images`) is poisoned (`benchmarks.poisons`), an arm is trained
 on it (`benchmarks.poisoning_arms`), and the test images say what came of it. A cell is an arm, an attack and a seed, which
-chooses the poisoned images and the training's randomness. Main rows (clean data, 20 % random flips and BadNets, for the mixture
-and the screened mixture) have `--seeds` seeds, all others one; 5 and 40 % of flips are for the plain network and those two, and
-the robust options are tried on clean data, 20 % flips and the two backdoors.
+chooses the poisoned images and the training's randomness. Main rows (20 % random flips and BadNets, for the mixture and the
+screened mixture, and the mixture on clean data) have `--seeds` seeds, all others one; 5 and 40 % of flips are for the plain
+network and those two, and the robust options are tried on clean data, 20 % flips and BadNets.
 
 Figures of a cell: share of the test images that are right (`clean`), and of 500 of them under PGD-10, epsilon 8/255, step
 2/255, in float32 through the network (`robust`); share of the test images of other classes than the target that carry the patch
 and are taken for the target (`backdoor`), and of all test images that are taken for the class that follows theirs (`pair`);
-share of the poison and of the clean images that screening put into quarantine; processor minutes of training and of screening.
+share of the poison and of the clean images that screening put into quarantine, by each detector and together; processor
+minutes of training and of screening.
 
 Every finished cell is a JSON file under `--out`; a run that was stopped, or killed, goes on inside the cell it was at. Several
 processes may share one `--out`: each takes cells that no other has locked. With one thread each they don't wait for one
@@ -53,6 +54,10 @@ from training.worker import StopRequested, Worker, started
 
 MAIN_ATTACKS = ("clean", "flips 20 %", "BadNets 1 %")
 MAIN_ARMS = ("mixture", "mixture, screened")
+MAIN_CELLS = tuple(
+    (arm, attack) for arm in MAIN_ARMS for attack in MAIN_ATTACKS if (arm, attack) != ("mixture, screened", "clean")
+)
+"""Those with several seeds: on clean data the mixture is what the screened one is held against."""
 ATTACKER = 1000
 """Added to nothing of the defender's: the seed of the attacker's own network."""
 
@@ -74,18 +79,24 @@ class Cell:
 
 
 def cells(arms: list[Arm], attacks: list[Poison], seeds: int) -> Iterator[Cell]:
-    """Yield the grid, first of all the main rows' first seeds, so that a run that is stopped early has something of each."""
-    for seed in range(seeds):
-        for attack in attacks:
-            for arm in arms:
-                main = arm.name in MAIN_ARMS
-                if seed and not (main and attack.name in MAIN_ATTACKS):
-                    continue
-                if attack.name in ("flips 5 %", "flips 40 %") and not (main or arm.kind == "plain"):
-                    continue
-                if arm.optional and attack.name not in MAIN_ATTACKS and not attack.backdoor:
-                    continue
-                yield Cell(arm.name, attack.name, seed)
+    """Yield the grid so that a run that is stopped early has something of each.
+
+    First one seed of all arms but the mixture's options, then the main rows' other seeds, then those options.
+    """
+    for optional, several in ((False, range(1)), (False, range(1, seeds)), (True, range(1))):
+        for seed in several:
+            for attack in attacks:
+                for arm in arms:
+                    if arm.optional == optional and _wanted(arm, attack, seed):
+                        yield Cell(arm.name, attack.name, seed)
+
+
+def _wanted(arm: Arm, attack: Poison, seed: int) -> bool:
+    if seed:
+        return (arm.name, attack.name) in MAIN_CELLS
+    if attack.name in ("flips 5 %", "flips 40 %"):
+        return arm.name in MAIN_ARMS or arm.kind == "plain"
+    return not arm.optional or attack.name in MAIN_ATTACKS
 
 
 class Study:
@@ -131,21 +142,28 @@ class Study:
     def _figures(self, cell: Cell) -> dict[str, Any]:
         (arm,) = [arm for arm in ARMS if arm.name == cell.arm]
         (poison,) = [poison for poison in POISONS if poison.name == cell.attack]
-        poisoned, folder, found = self.poisoned(poison, cell.seed), self._folder(cell.stem), {}
+        poisoned, folder = self.poisoned(poison, cell.seed), self._folder(cell.stem)
+        found: dict[str, Any] = {}
         resumed, began = folder.exists(), time.process_time()
         dataset = poisoned.dataset
         if arm.screened:
             how = self.size.screen_width, self.size.screen_epochs, cell.seed, self.worker
-            quarantined = poisoning_defences.screened(dataset, folder / "screening", *how)
-            found = caught(poisoned.touched, quarantined) | {"screeners": {"width": how[0], "epochs": how[1]}}
-            dataset = dataset.without(torch.from_numpy(np.flatnonzero(quarantined)))
-        screening, began = time.process_time() - began, time.process_time()
+            screening = poisoning_defences.screened(dataset, folder / "screening", *how)
+            flagged = {name: caught(poisoned.touched, screening.flagged(name)) for name in screening.scores}
+            found = {
+                **caught(poisoned.touched, screening.quarantined),
+                "detectors": flagged,
+                "wrong_labels": screening.wrong_labels,
+                "screeners": {"width": how[0], "epochs": how[1]},
+            }
+            dataset = dataset.without(torch.from_numpy(np.flatnonzero(screening.quarantined)))
+        screened_s, began = time.process_time() - began, time.process_time()
         network = train(arm, self.size, dataset, folder / "training", cell.seed, self.worker)
         training, experts = time.process_time() - began, self.size.recipe(arm, dataset).architecture.num_experts
         if arm.kind == "partition":
             found["certified"] = poisoning_defences.certified(network, experts, dataset.test, self.worker.device)
         judged = judge(network, dataset.test, self.size, self.worker.device)
-        minutes = {"training": training / 60, "screening": screening / 60 if arm.screened else None, "resumed": resumed}
+        minutes = {"training": training / 60, "screening": screened_s / 60 if arm.screened else None, "resumed": resumed}
         return {
             **judged,
             **found,

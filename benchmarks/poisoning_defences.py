@@ -18,10 +18,11 @@ from training.worker import Worker
 
 if TYPE_CHECKING:
     from training.partition_run import PartitionRun
+    from training.screening.screening import Screening
 
 
-def screened(dataset: Dataset, folder: Path, width: int, epochs: float, seed: int, worker: Worker) -> np.ndarray:
-    """Return which training samples `(N,)` a screening puts into quarantine; killed, it goes on from what is in `folder`.
+def screened(dataset: Dataset, folder: Path, width: int, epochs: float, seed: int, worker: Worker) -> Screening:
+    """Screen the training samples; killed, it goes on from what is in `folder`.
 
     Args:
         dataset: The data, poisoned or not.
@@ -35,7 +36,7 @@ def screened(dataset: Dataset, folder: Path, width: int, epochs: float, seed: in
     from training.screening.settings import ScreenSettings
 
     settings = ScreenSettings(width=width, epochs=epochs, seed=seed)
-    return screen(dataset, settings, folder, worker.device, worker).quarantined
+    return screen(dataset, settings, folder, worker.device, worker)
 
 
 def partition_run(recipe: Recipe, dataset: Dataset, folder: Path, seed: int, worker: Worker) -> PartitionRun:

@@ -15,6 +15,7 @@ from training.evaluation.markup import document, figure, paragraph, section, tab
 
 HEAD = ("arm", "seeds", "right", "lost to the attack", "right under PGD-10", "attack succeeds", "poison caught",
         "clean images quarantined", "minutes, training", "minutes, screening")  # fmt: skip
+SCREENED = ", screened"
 STORIES = {
     "none": "Nothing is touched: what every arm is worth when nobody attacks, and what a defence costs then.",
     "random flips": "Careless or hostile labelling: a share of the images, of any class, gets another label at random.",
@@ -27,7 +28,7 @@ STORIES = {
 """By a poison's kind, for a reader who has not seen the code."""
 GLOSSARY = (
     ("right", "share of test images that are classified rightly, %"),
-    ("lost to the attack", "how many points fewer than the same arm with the same seed on clean data"),
+    ("lost to the attack", "how many points fewer than the same arm, unscreened, with the same seed on clean data"),
     ("right under PGD-10", "the same with every test image perturbed by up to 8/255 to be misclassified"),
     (
         "attack succeeds",
@@ -75,6 +76,7 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
         section("What it shows", *[paragraph(verdict) for verdict in verdicts(rows)]),
         section("The poisons", figure(plots, "pictures", "training images before and after each attack")),
         *[_section(poison, rows) for poison in POISONS],
+        _detectors(rows),
         section("Flipped labels and accuracy", figure(plots, "flips", "accuracy against the share of flipped labels"))
         if "flips" in plots
         else "",
@@ -125,6 +127,27 @@ def _section(poison: Poison, rows: list[Row]) -> str:
     return section(poison.name, paragraph(STORIES[poison.kind]), table(f"{poison.name}: every arm", HEAD, lines))
 
 
+def _detectors(rows: list[Row]) -> str:
+    """Return the section on what each of screening's detectors found, of the first seed of every attack."""
+    found = [row for row in rows if row.get("detectors") and row["seed"] == 0]
+    if not found:
+        return ""
+    names = list(found[0]["detectors"])
+    lines = []
+    for poison in POISONS:
+        for row in found:
+            if row["attack"] == poison.name:
+                pairs = [row["detectors"][name] for name in names]
+                cells = [f"{_percent(_known(pair['caught']))} / {_percent([pair['clean_quarantined']])}" for pair in pairs]
+                lines.append([poison.name, *cells])
+    text = "Each detector's share of the poison caught and of clean images set aside, %; seed 0."
+    return section("What found the poison", paragraph(text), table("Detectors", ("attack", *names), lines))
+
+
+def _known(share: float | None) -> list[float]:
+    return [] if share is None else [share]
+
+
 def markdown(rows: list[Row]) -> str:
     """Return the table of all attacks as Markdown."""
     lines = [f"| attack | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
@@ -141,8 +164,10 @@ def _lines(poison: Poison, rows: list[Row]) -> list[list[str]]:
         own = [row for row in rows if (row["arm"], row["attack"]) == (arm.name, poison.name)]
         if not own:
             continue
-        before = {row["seed"]: row["clean"] for row in rows if (row["arm"], row["attack"]) == (arm.name, "clean")}
-        lost = [before[row["seed"]] - row["clean"] for row in own if row["seed"] in before and poison.kind != "none"]
+        without = arm.name.removesuffix(SCREENED)
+        before = {row["seed"]: row["clean"] for row in rows if (row["arm"], row["attack"]) == (without, "clean")}
+        paired = [row for row in own if row["seed"] in before and (arm.screened or poison.kind != "none")]
+        lost = [before[row["seed"]] - row["clean"] for row in paired]
         cells = [_percent([row["clean"] for row in own]), _percent(lost), _percent([row["robust"] for row in own])]
         cells.append(_percent([row[success] for row in own]) if success else "-")
         cells += [_percent([row[key] for row in own if row.get(key) is not None]) for key in ("caught", "clean_quarantined")]

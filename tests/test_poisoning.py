@@ -22,6 +22,7 @@ from model.mixture import Mixture
 from tests.conftest import colour_arrays
 from training.data import Dataset, load_dataset
 from training.pretrain import Alone
+from training.screening.screening import DETECTORS
 from training.stage import Trainer
 
 FLIPS, PAIRS = Poison("flips", "random flips", 0.2), Poison("pairs", "pair flips", 0.2)
@@ -168,9 +169,12 @@ def test_only_the_main_rows_have_several_seeds() -> None:
     grid = list(poisoning.cells(list(ARMS), list(POISONS), 3))
     assert len(grid) == len(set(grid)) == len({cell.stem for cell in grid})
     repeated = {(cell.arm, cell.attack) for cell in grid if cell.seed == 2}
-    assert repeated == {(arm, attack) for arm in poisoning.MAIN_ARMS for attack in ("clean", "flips 20 %", "BadNets 1 %")}
+    attacked = {(arm, attack) for arm in poisoning.MAIN_ARMS for attack in ("flips 20 %", "BadNets 1 %")}
+    assert repeated == attacked | {("mixture", "clean")}
+    assert {cell.attack for cell in grid if cell.arm == "mixture, mixup"} == {"clean", "flips 20 %", "BadNets 1 %"}
     assert {cell.arm for cell in grid if cell.attack == "flips 40 %"} == {"plain network", *poisoning.MAIN_ARMS}
-    assert {arm.name for arm in ARMS} == {cell.arm for cell in grid if cell.attack == "clean-label backdoor"}
+    unoptional = {arm.name for arm in ARMS if not arm.optional}
+    assert unoptional == {cell.arm for cell in grid if cell.attack == "clean-label backdoor"}
 
 
 SIZE = {
@@ -241,6 +245,20 @@ def test_the_experts_of_partitions_vote_and_certify(
     assert "certified" in (tmp_path / "report.html").read_text()
 
 
+def test_the_screened_mixture_says_what_each_detector_found(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    size = ("--images", "240", "--holdout", "9", "--epochs", "0.1", "--joint-epochs", "0.1", "--screen-width", "4")
+    chosen = ("--arms", "mixture, screened", "--attacks", "BadNets 1 %", "--seeds", "1", *size, "--screen-epochs", "0.3")
+    monkeypatch.setattr(poisoning.Study, "plan", lambda *_: "")
+    run(file, tmp_path, monkeypatch, *chosen)
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert set(found["detectors"]) == set(DETECTORS)
+    assert found["caught"] >= max(each["caught"] for each in found["detectors"].values())
+    assert found["clean_quarantined"] <= sum(each["clean_quarantined"] for each in found["detectors"].values()) + 1e-9
+    assert "What found the poison" in (tmp_path / "report.html").read_text()
+
+
 def test_a_cell_that_another_process_is_at_is_left_to_it(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
@@ -276,7 +294,7 @@ def test_the_table_pairs_what_is_lost_by_seed() -> None:
     ]
     lines = poisoning_report.markdown(rows).splitlines()
     assert lines[2].startswith("| clean | mixture | 2 | 62.0 (60.0 to 64.0) | - | 25.0 (25.0 to 25.0) | 3.0 (3.0 to 3.0) |")
-    assert "| flips 20 % | mixture, screened | 1 | 61.0 | - | 25.0 | - | 87.5 | 4.0 | 2.0 | - |" in lines
+    assert "| flips 20 % | mixture, screened | 1 | 61.0 | -1.0 | 25.0 | - | 87.5 | 4.0 | 2.0 | - |" in lines
     badnets = (
         "| BadNets 1 % | mixture | 2 | 59.0 (58.0 to 60.0) | 3.0 (2.0 to 4.0) | 25.0 (25.0 to 25.0) | 85.0 (80.0 to 90.0) |"
     )
