@@ -74,7 +74,6 @@ def evaluate_checkpoint(
     # The same function but for rounding, with fewer passes over memory in every step of an attack.
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     exact_float32()
-    more: dict[str, Any] = {}
     after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}  # first, as nothing else survives a kill
     compared = networks(mixture)
     best = _best_expert(header, dataset, compared, device, seed)
@@ -82,19 +81,16 @@ def evaluate_checkpoint(
         name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
         for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
-    if header.architecture.votes:
-        more["surrogate"] = SURROGATE
-    if header.is_certified:
-        more["certified"] = certified_accuracy(mixture, bench)
+    results = _record(header, dataset, bench, request, correct, best)
     if request.level != "quick":
-        more |= Examination(mixture, compared, best, bench, correct).run()
+        results |= Examination(mixture, compared, best, bench, correct).run()
     if after:
-        more["autoattack"] = autoattack.to_json(after, ensemble)
+        results["autoattack"] = autoattack.to_json(after, ensemble)
     if "square" in after:
-        more["sanity"] = [*more.get("sanity", []), sanity.square_after_ensemble(after).to_json()]
+        results["sanity"] = [*results.get("sanity", []), sanity.square_after_ensemble(after).to_json()]
+    results |= _certified(header, mixture, bench)
     if request.corruptions:
-        more["corruptions"] = _corruptions(mixture, bench)
-    results = {**_record(header, dataset, bench, request, correct, best), **more}
+        results["corruptions"] = _corruptions(mixture, bench)
     write(results, request, mixture, bench)
     if stamp:
         _stamp(checkpoint, results)
@@ -143,6 +139,12 @@ def _record(
         "paired_tests": paired_tests(correct, best),
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(bench.device)},
     }
+
+
+def _certified(header: Header, mixture: Mixture, bench: Bench) -> dict[str, Any]:
+    """Return what is to be said of a vote: how it was attacked, and how accurate it is whatever some poison was."""
+    found: dict[str, Any] = {"surrogate": SURROGATE} if header.architecture.votes else {}
+    return {**found, "certified": certified_accuracy(mixture, bench)} if header.is_certified else found
 
 
 def _corruptions(mixture: Mixture, bench: Bench) -> dict[str, Any]:
