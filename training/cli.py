@@ -81,6 +81,9 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser],
     command.add_argument("--level", choices=get_args(Level), default="quick", help="how thoroughly to attack; default: quick")
     command.add_argument("--attacks", metavar="LIST", help="of level full, only these, as apgd-ce,apgd-t; default: AutoAttack")
     command.add_argument("--corruptions", action="store_true", help="also measure 15 common corruptions (75 clean passes)")
+    command.add_argument(
+        "--compare", action="append", default=[], metavar="CHECKPOINT", help="also measure this one; may be repeated"
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="write figures, table, plots and report.html there")
     command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
     command.add_argument("--plot", type=Path, metavar="OUT", help="draw the figures here (PNG)")
@@ -236,6 +239,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         level=options.level,
         attacks=None if options.attacks is None else parse_attacks(options.attacks),
         corruptions=options.corruptions,
+        compare=tuple(options.compare),
         json=options.json,
         plot=options.plot,
         folder=options.out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,15 @@ class Examination:
     Attributes:
         mixture: The mixture, as it is deployed.
         networks: What is compared, by name.
-        best: Which single expert was best on held-out images, if one could be chosen.
+        rivals: Which of the networks are attacked as the mixture is: the uniform average, the single expert that was best on
+            held-out images, and other checkpoints.
         bench: The images.
         correct: What is known already, from level ``quick``; filled up.
     """
 
     mixture: Mixture
     networks: dict[str, LogProbs]
-    best: str | None
+    rivals: Sequence[str]
     bench: Bench
     correct: Correct
 
@@ -58,10 +59,10 @@ class Examination:
         }
 
     def _attack(self, attacked: torch.Tensor) -> None:
-        """Run the level's attacks on the mixture, the uniform average and the best single expert."""
+        """Run the level's attacks on the mixture and its rivals."""
         clean = self.correct["mixture"]["clean"]
         self.correct["mixture"]["PGD-20"] = clean & self.bench.judge(self.mixture, attacked)
-        names = ["mixture", "uniform average", *([self.best] if self.best else [])]
+        names = ("mixture", *self.rivals)
         wanted = [(name, attack) for name in names for attack in STANDARD if attack not in self.correct[name]]
         for name, attack in tqdm(wanted, desc="attack", unit="run", dynamic_ncols=True):
             self.correct[name][attack] = self.bench.correct(self.networks[name], STANDARD[attack])

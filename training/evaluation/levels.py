@@ -24,7 +24,7 @@ STANDARD: dict[str, Attack] = {
     "PGD-50x2": Attack.pgd(EPSILON, 50, STEP, restarts=2),
     "CW-PGD-20": Attack.pgd(EPSILON, 20, STEP, objective="margin"),
 }
-"""On the mixture, the uniform average and the best single expert, from level ``standard`` on."""
+"""On the mixture and its rivals, from level ``standard`` on."""
 
 TOP_K = (1, 2, 3)
 """Numbers of experts whose hard selection is measured from level ``standard`` on."""

@@ -1,12 +1,16 @@
-"""The networks that an evaluation compares, all made of one mixture's parts."""
+"""The networks that an evaluation compares: a mixture, what is made of its parts, and other checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from model.checkpoint import load_checkpoint
+from model.fast import fold_batch_norms
 from model.mixture import Mixture, mix
 from training.attack import LogProbs
 from training.losses import keep_top_k
@@ -22,6 +26,30 @@ def networks(mixture: Mixture) -> dict[str, LogProbs]:
 
     named: dict[str, LogProbs] = {"mixture": mixture, "uniform average": uniform}
     return named | {f"expert {index}": alone(mixture, index) for index in range(experts)}
+
+
+def others(checkpoints: Sequence[str], device: torch.device) -> dict[str, LogProbs]:
+    """Return other checkpoints as they are deployed, each under its file's name.
+
+    Args:
+        checkpoints: Paths or names of embedded checkpoints.
+        device: Where to run them.
+
+    Raises:
+        ValueError: Two have the same name.
+    """
+    named: dict[str, LogProbs] = {}
+    for checkpoint in checkpoints:
+        name = row_name(checkpoint)
+        if name in named:
+            raise ValueError(f"--compare {checkpoint}: another file is called {Path(checkpoint).stem}, too: rename one of them")
+        named[name] = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
+    return named
+
+
+def row_name(checkpoint: str) -> str:
+    """Return what another checkpoint is called in the figures."""
+    return f"checkpoint {Path(checkpoint).stem}"
 
 
 def alone(mixture: Mixture, index: int) -> LogProbs:

@@ -21,7 +21,7 @@ from training.evaluation.certified import SURROGATE, certified_accuracy
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from training.evaluation.examination import Examination
 from training.evaluation.levels import EPSILON, QUICK, STANDARD
-from training.evaluation.networks import networks
+from training.evaluation.networks import networks, others, row_name
 from training.evaluation.outputs import write
 from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError, failed
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     """Measure a checkpoint, print the table and write what was asked for.
 
     Every network is attacked through itself in float32: the mixture through gate and experts, the uniform average through all
-    experts, each expert alone.
+    experts, each expert and every checkpoint that it is compared with alone.
 
     Args:
         checkpoint: A path or the name of an embedded checkpoint.
@@ -67,7 +67,9 @@ def evaluate_checkpoint(
     """
     request = request or Request()
     header = read_header(checkpoint)
-    _check_fit(header, dataset)
+    for each in (checkpoint, *request.compare):
+        _check_fit(each, dataset)
+    against = others(request.compare, device)
     bench = Bench(_subset(dataset.test, n, seed), device, seed)
     ensemble = Ensemble(request.ensemble, EPSILON)
     journal = _make_folder(request, ensemble, bench, header, dataset)
@@ -75,15 +77,16 @@ def evaluate_checkpoint(
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     exact_float32()
     after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}  # first, as nothing else survives a kill
-    compared = networks(mixture)
+    compared = {**networks(mixture), **against}
     best = _best_expert(header, dataset, compared, device, seed)
     correct: Correct = {
         name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
         for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
-    results = _record(header, dataset, bench, request, correct, best)
+    rivals = ["uniform average", *([best] if best else []), *against]
+    results = {**_record(header, dataset, bench, request, correct, best), "paired_tests": paired_tests(correct, rivals)}
     if request.level != "quick":
-        results |= Examination(mixture, compared, best, bench, correct).run()
+        results |= Examination(mixture, compared, rivals, bench, correct).run()
     if after:
         results["autoattack"] = autoattack.to_json(after, ensemble)
     if "square" in after:
@@ -136,7 +139,7 @@ def _record(
         "attacks": {name: asdict(attack) if attack else {} for name, attack in attacks.items()},
         "accuracy": {name: {a: interval(right) for a, right in row.items()} for name, row in correct.items()},
         "best_single_expert": best and {"name": best, "chosen_on": f"{_selected(header)} held-out training images, PGD-10"},
-        "paired_tests": paired_tests(correct, best),
+        "compared": {row_name(other): read_header(other).weights_sha256 for other in request.compare},
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(bench.device)},
     }
 
@@ -187,12 +190,15 @@ def _subset(split: Split, n: int, seed: int) -> Split:
     return split.take(order[:n])
 
 
-def _check_fit(header: Header, dataset: Dataset) -> None:
+def _check_fit(checkpoint: str | Path, dataset: Dataset) -> None:
+    header = read_header(checkpoint)
     if header.class_names != dataset.label_names:
-        raise ValueError(f"the checkpoint knows the classes {header.class_names}, the data {dataset.label_names}")
+        raise ValueError(f"{checkpoint}: the checkpoint knows the classes {header.class_names}, the data {dataset.label_names}")
     wanted = (header.architecture.height, header.architecture.input_width)
     if tuple(dataset.test.images.shape[2:]) != wanted:
-        raise ValueError(f"the checkpoint takes {wanted} images, the data have {tuple(dataset.test.images.shape[2:])}")
+        raise ValueError(
+            f"{checkpoint}: the checkpoint takes {wanted} images, the data have {tuple(dataset.test.images.shape[2:])}"
+        )
 
 
 def _device_name(device: torch.device) -> str:

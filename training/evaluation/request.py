@@ -18,6 +18,7 @@ class Request:
         level: How thoroughly to attack.
         attacks: Level ``full`` runs these of AutoAttack's attacks; ``None`` means all.
         corruptions: Also measure accuracy under common corruptions.
+        compare: Other checkpoints, to be measured on the same images.
         json: Where to write the figures.
         plot: Where to draw the accuracies.
         folder: Where to write everything, made if need be; level ``full`` keeps its progress there.
@@ -29,6 +30,7 @@ class Request:
     level: Level = "quick"
     attacks: tuple[str, ...] | None = None
     corruptions: bool = False
+    compare: tuple[str, ...] = ()
     json: Path | None = None
     plot: Path | None = None
     folder: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ def interval(correct: torch.Tensor) -> dict[str, float]:
     return {"percent": round(percent, 2), "low": round(100 * wilson.low, 2), "high": round(100 * wilson.high, 2)}
 
 
-def paired_tests(correct: Correct, best: str | None) -> list[dict[str, Any]]:
-    """Compare the mixture with uniform averaging and with the best single expert image by image (exact McNemar test)."""
+def paired_tests(correct: Correct, others: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare the mixture with other networks image by image (exact McNemar test)."""
     tests = []
-    for other in ("uniform average", *([best] if best else [])):
+    for other in others:
         for attack in PAIRED_ATTACKS:
             if attack not in correct["mixture"]:
                 continue

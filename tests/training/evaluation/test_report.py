@@ -71,6 +71,29 @@ def test_the_figures_say_how_they_were_measured(tiny_run: TinyRun, evaluated: Pa
     ]
 
 
+def test_other_checkpoints_are_measured_on_the_same_images(
+    tiny_run: TinyRun, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    mixture, header = load_checkpoint(tiny_run.checkpoint), read_header(tiny_run.checkpoint)
+    save_checkpoint(same, mixture, header, torch.float32)
+    for parameter in mixture.parameters():
+        parameter.data.neg_()
+    digest = save_checkpoint(other, mixture, header).weights_sha256
+    compared = ["--compare", str(same), "--compare", str(other)]
+    assert main([*command(tiny_run), "--n", "20", "--json", str(tmp_path / "figures.json"), *compared]) == 0
+    assert "| checkpoint other |" in capsys.readouterr().out
+    results, rows = figures(tmp_path), figures(tmp_path)["accuracy"]
+    assert rows["mixture"] == figures(evaluated)["accuracy"]["mixture"] == rows["checkpoint same"]
+    assert rows["checkpoint other"] != rows["mixture"]
+    assert results["compared"]["checkpoint other"] == digest
+    twice = [*command(tiny_run), *("--compare", str(same)) * 2]
+    assert "another file is called same" in refusal(capsys, twice)
+    tests = {(test["against"], test["attack"]): test for test in results["paired_tests"]}
+    assert tests["checkpoint same", "PGD-10"]["only_mixture"] == tests["checkpoint same", "PGD-10"]["only_other"] == 0
+    assert tests["checkpoint other", "clean"]["difference_points"] != 0
+
+
 def test_the_differences_are_those_of_the_table(evaluated: Path) -> None:
     results = figures(evaluated)
     for test in results["paired_tests"]:

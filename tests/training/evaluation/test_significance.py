@@ -20,7 +20,7 @@ def test_paired_tests_count_images_that_only_one_network_gets_right() -> None:
         "uniform average": {"clean": booleans("000111"), "PGD-10": booleans("000000")},
         "expert 4": {"clean": booleans("111011"), "PGD-10": booleans("111100")},
     }
-    tests = {(test["against"], test["attack"]): test for test in paired_tests(rights, "expert 4")}
+    tests = {(test["against"], test["attack"]): test for test in paired_tests(rights, ["uniform average", "expert 4"])}
     clean = tests["uniform average", "clean"]
     assert (clean["only_mixture"], clean["only_other"]) == (3, 1)
     assert clean["difference_points"] == pytest.approx(100 * 2 / 6)
