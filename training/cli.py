@@ -24,6 +24,7 @@ from training.pipeline import Run
 from training.plan import plan
 from training.recipe import RECIPES, Recipe
 from training.replay import write_replay
+from training.teacher import Teacher
 from training.worker import Stop, StopRequested, Worker, started
 
 
@@ -114,7 +115,13 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     run.add_argument("--seed", type=_seed, default=0)
     add_quarantine_option(run)
 
-    init = argparse.ArgumentParser(add_help=False)
+    taught = argparse.ArgumentParser(add_help=False)
+    taught.add_argument("--teacher", metavar="CHECKPOINT", help="learn what this one says of the clean images: distillation")
+    taught.add_argument(
+        "--teacher-share", type=float, default=1.0, metavar="S", help="of each target, the label has the rest; default: 1"
+    )
+
+    init = argparse.ArgumentParser(add_help=False, parents=[taught])
     init.add_argument("--init", metavar="CHECKPOINT", help="joint training goes on from this instead of the folder's experts")
 
     train = argparse.ArgumentParser(add_help=False, parents=[run])
@@ -122,9 +129,9 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     train.add_argument("--minutes", type=float, metavar="M", help="save and end with status 75 after so long")
     train.add_argument("--dry-run", action="store_true", help="print the plan with an estimate of time and memory, and end")
 
-    command = commands.add_parser("pretrain", parents=[train], help="stage 1: train the experts one by one")
+    command = commands.add_parser("pretrain", parents=[train, taught], help="stage 1: train the experts one by one")
     command.add_argument("--experts", default="", help="which, as 0,3,4; default: all")
-    command.set_defaults(run_command=_pretrain)
+    command.set_defaults(run_command=_pretrain, init=None)
 
     command = commands.add_parser("joint", parents=[train, init], help="stage 2: train gate and experts together")
     command.set_defaults(run_command=_joint)
@@ -170,7 +177,8 @@ def _threads(text: str) -> int:
 def _run(options: argparse.Namespace) -> Iterator[Run]:
     """Yield the run that the options describe; with ``--dry-run`` print its plan and end the program instead."""
     with _prepared(options) as (recipe, dataset, worker):
-        run = Run(recipe, dataset, options.run, options.seed, worker, getattr(options, "init", None))
+        teacher = options.teacher and Teacher(options.teacher, options.teacher_share, worker.device)
+        run = Run(recipe, dataset, options.run, options.seed, worker, options.init, teacher)
         if getattr(options, "dry_run", False):
             shown = plan(run.stages(), worker)
             if worker.first:

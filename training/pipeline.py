@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from training.progress import finished, fits, slim
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
 from training.stage import Stage, run_stage, total_steps
+from training.teacher import Teacher
 from training.worker import StopRequested, Worker
 
 
@@ -33,16 +35,31 @@ class Run:
         seed: The seed.
         worker: Where to train.
         init: A checkpoint that joint training goes on from; ``None`` takes the run folder's experts and a new gate.
+        teacher: Whose answers every stage learns, if anybody's.
+
+    Raises:
+        ValueError: The recipe can't be trained so, or what is given does not fit the data.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, path: Path, seed: int, worker: Worker, init: str | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        path: Path,
+        seed: int,
+        worker: Worker,
+        init: str | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         if recipe.architecture.votes:
             raise ValueError("aggregation=vote: a vote has no gate to train jointly; use palisade-train partition")
         self.dataset, self.worker = dataset, worker
-        self._recipe, self._path, self._seed, self._init = recipe, path, seed, init
+        self._recipe, self._path, self._seed, self._init, self._teacher = recipe, path, seed, init, teacher
+        if teacher is not None:
+            self._check_teacher(teacher)
         self._train, _ = dataset.split_holdout(recipe.holdout)
+        if init is not None:
+            self._check_held_out(read_header(init), "checkpoint to go on from")
         self._went_on_from = init and read_header(init).weights_sha256
 
     @cached_property
@@ -87,6 +104,7 @@ class Run:
                 "seed": self._seed,
                 "joint_training_steps": steps,  # joint_steps are the attack's
                 "went_on_from_sha256": self._went_on_from,
+                "taught_by": self._teacher and self._teacher.told,
                 "git_revision": git_revision(),
             },
             data={**self.dataset.described(), "held_out_training_images": self._recipe.holdout},
@@ -126,11 +144,39 @@ class Run:
         yield self._joint_stage(trained=False), self._train
 
     def _expert_stage(self, index: int) -> Stage:
-        return expert_stage(index, self._recipe, self.dataset, self.worker.device, self._seed)
+        return self._taught(expert_stage(index, self._recipe, self.dataset, self.worker.device, self._seed))
 
     def _joint_stage(self, *, trained: bool = True) -> Stage:
         mixture = self._start() if trained else Mixture(self._recipe.architecture)
-        return joint_stage(mixture, self._recipe, self.dataset, self.worker.device, self._seed, self._went_on_from)
+        return self._taught(
+            joint_stage(mixture, self._recipe, self.dataset, self.worker.device, self._seed, self._went_on_from)
+        )
+
+    def _taught(self, stage: Stage) -> Stage:
+        """Return the stage with the teacher, if there is one."""
+        stage.task.teacher = self._teacher
+        return replace(stage, settings=self._depends(stage.settings))
+
+    def _depends(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what a stage's result depends on, with the teacher."""
+        return settings if self._teacher is None else {**settings, "taught_by": self._teacher.told}
+
+    def _check_teacher(self, teacher: Teacher) -> None:
+        header, fitting = teacher.header, self._recipe.architecture
+        theirs = (header.class_names, header.architecture.height, header.architecture.input_width)
+        if theirs != (self.dataset.label_names, fitting.height, fitting.input_width):
+            raise ValueError(f"the teacher tells apart {theirs}, these data are of {self.dataset.label_names}")
+        if any(expert.loss == "mart" for expert in self._recipe.experts):
+            raise ValueError("MART needs plain classes: experts that are trained with it can have no teacher")
+        self._check_held_out(header, "teacher")
+
+    def _check_held_out(self, header: Header, who: str) -> None:
+        held_out = header.data.get("held_out_training_images")
+        if self.dataset.trained(header.data) and held_out != self._recipe.holdout:
+            raise ValueError(
+                f"the {who} held out {held_out} of these training images, this run {self._recipe.holdout}: it may have seen "
+                f"some that this run is judged on; give --set holdout={held_out}"
+            )
 
     @cached_property
     def _digests(self) -> list[str]:
@@ -160,21 +206,21 @@ class Run:
         torch.manual_seed(self._seed)
         mixture = Mixture(self._recipe.architecture)
         for index, expert in enumerate(mixture.experts):
-            settings = expert_settings(index, self._recipe, self.dataset, self._seed)
+            settings = self._expert_settings(index)
             steps = total_steps(expert_schedule(index, self._recipe), len(self._bag(index)))
             tensors = finished(self._folder, expert_name(index), settings, steps, "pretrain")
             expert.load_state_dict({key.removeprefix("ema/expert."): value for key, value in tensors.items()})
         return mixture
 
     def _joint_settings(self) -> dict[str, Any]:
-        return joint_settings(self._recipe, self.dataset, self._seed, self._went_on_from)
+        return self._depends(joint_settings(self._recipe, self.dataset, self._seed, self._went_on_from))
+
+    def _expert_settings(self, index: int) -> dict[str, Any]:
+        return self._depends(expert_settings(index, self._recipe, self.dataset, self._seed))
 
     def _settings(self) -> dict[str, dict[str, Any]]:
         """Return every stage's settings by its name."""
-        experts = {
-            expert_name(index): expert_settings(index, self._recipe, self.dataset, self._seed)
-            for index in range(len(self._recipe.experts))
-        }
+        experts = {expert_name(index): self._expert_settings(index) for index in range(len(self._recipe.experts))}
         return {**experts, JOINT: self._joint_settings()}
 
     def _take_up(self, parts: Path) -> None:

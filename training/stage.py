@@ -205,6 +205,9 @@ class Trainer:
         for number, (clean, labels) in enumerate(shares[first : first + accumulate], start=first):
             self._choices.manual_seed(self._seed(step, 2))
             self._noise.manual_seed(self._seed(step, 3 + number))
+            if self._stage.task.teacher is not None:
+                with self._stage.task.autocast():
+                    labels = self._stage.task.teacher.soften(clean, labels)
             yield self._stage.task.attack(clean, labels, self._choices, self._noise), clean, labels
 
     def _gradients(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, Terms]:

@@ -13,6 +13,7 @@ from training.attack import frozen_statistics
 from training.data import Split
 from training.losses import without_highest
 from training.recipe import Schedule
+from training.teacher import Teacher
 
 Terms = dict[str, torch.Tensor]
 Figures = dict[str, float]
@@ -36,6 +37,8 @@ class Task(nn.Module, ABC):
         self.device = device
         self.trim = 0.0
         """Share of the batch that gets no gradient; the trainer sets it for every step."""
+        self.teacher: Teacher | None = None
+        """Whose answers soften the targets, if anybody's."""
 
     @abstractmethod
     def attack(
