@@ -157,7 +157,7 @@ class JointLoss:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run: nine experts, then joint training.
+    """A whole run: the experts, nine of them in a mixture, then joint training.
 
     Attributes:
         name: The preset's name.
@@ -265,6 +265,15 @@ def _full() -> Recipe:
     return Recipe("full", ARCHITECTURES["full"], experts, Schedule(epochs=30), Schedule(epochs=30), joint, joint_steps=3)
 
 
+def _alone(name: str, width: int, pretrain_epochs: float) -> Recipe:
+    """Return a single adversarially trained network for comparison: a mixture of one, whose gate has nothing to decide."""
+    expert = ExpertRecipe("pgd", epsilons=(8 / 255,), steps=(2, 3, 4, 5))
+    schedule, joint = Schedule(epochs=pretrain_epochs), Schedule(epochs=15, peak_lr=0.02)
+    architecture = replace(ARCHITECTURES["full"], width=width, num_experts=1)
+    loss = JointLoss(experts=0.0, balance=0.0)  # the one would be the mixture's again, the other nothing
+    return Recipe(name, architecture, (expert,), schedule, schedule, joint, loss, joint_steps=3)
+
+
 def _compact() -> Recipe:
     """Return the recipe that two CPU cores finish in about two hours."""
     experts = _nine(
@@ -277,4 +286,12 @@ def _compact() -> Recipe:
     return Recipe("compact", ARCHITECTURES["compact"], experts, pretrain, benign, joint)
 
 
-RECIPES = {"paper": _paper(), "full": _full(), "compact": _compact()}
+RECIPES = {
+    "paper": _paper(),
+    "full": _full(),
+    "compact": _compact(),
+    "single": _alone("single", 64, 30),
+    # Three times the channels are nine times the operations, so that an image costs as much as all nine experts, and 20
+    # passes of PGD with 2 to 5 steps as much as 30 of one benign expert, four N-FGSM and four PGD: 20 x 9 x 4.5 = 30 x 27.
+    "wide": _alone("wide", 192, 20),
+}

@@ -438,3 +438,15 @@ def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(
     for setting in ("bag=0.8", "pretrain.trim=0.1", "joint.mixup=1.0"):
         arguments = ["compact", *tiny_run.arguments(tmp_path / "old"), "--out", str(out), "--set", setting]
         assert "was trained with other settings" in refusal(capsys, arguments)
+
+
+def test_a_single_network_is_trained_exported_and_evaluated_like_a_mixture(tiny_run: TinyRun, tmp_path: Path) -> None:
+    out, figures = tmp_path / "single.safetensors", tmp_path / "figures.json"
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--recipe", "single"]
+    assert main(["compact", *arguments, "--out", str(out), "--n", "6"]) == 0
+    assert read_header(out).architecture.num_experts == 1
+    evaluated = ["--data", str(tiny_run.data), "--device", "cpu", "--checkpoint", str(tiny_run.checkpoint), "--n", "6"]
+    assert main(["evaluate", *evaluated, "--compare", str(out), "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["accuracy"]
+    own = read_header(out).metrics["accuracy"]
+    assert rows["checkpoint single"] == own["mixture"] == own["expert 0"]

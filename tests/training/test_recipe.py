@@ -16,12 +16,25 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_has_one_benign_four_fgsm_and_four_pgd_experts(name: str) -> None:
+@pytest.mark.parametrize("name", ["compact", "full", "paper"])
+def test_every_mixture_has_one_benign_four_fgsm_and_four_pgd_experts(name: str) -> None:
     recipe = RECIPES[name]
     assert [expert.family for expert in recipe.experts] == ["benign", *["fgsm"] * 4, *["pgd"] * 4]
     assert recipe.architecture.num_experts == 9
     assert recipe.name == name
+
+
+def test_the_wide_network_costs_what_the_full_mixture_does() -> None:
+    """In images through one expert of the mixture, forward and backward: an attack's steps, and the training itself."""
+
+    def passes(recipe: Recipe) -> float:
+        each = (recipe.architecture.width / RECIPES["full"].architecture.width) ** 2  # operations go with its square
+        steps = {"benign": 0.0, "fgsm": 1.0, "pgd": 3.5}
+        alone = sum(1 + steps[expert.family] for expert in recipe.experts) * recipe.pretrain.epochs
+        return each * (alone + recipe.joint.epochs * (1 + recipe.joint_steps) * len(recipe.experts))
+
+    assert {len(RECIPES[name].experts) for name in ("single", "wide")} == {1}
+    assert passes(RECIPES["wide"]) == pytest.approx(passes(RECIPES["full"]))
 
 
 def test_the_papers_experts_draw_the_papers_radii_and_steps() -> None:
@@ -147,7 +160,7 @@ def test_a_setting_that_does_not_fit_is_refused(assignment: str) -> None:
 def test_a_recipe_is_plain_json(name: str) -> None:
     values = json.loads(json.dumps(RECIPES[name].to_json()))
     assert values["name"] == name
-    assert len(values["experts"]) == 9
+    assert len(values["experts"]) == RECIPES[name].architecture.num_experts
     assert values["architecture"]["width"] == RECIPES[name].architecture.width
 
 
