@@ -20,6 +20,7 @@ from training.evaluation.report import evaluate_checkpoint
 from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError
 from training.partition_command import register as register_partition
+from training.parts import join
 from training.pipeline import Run
 from training.plan import plan
 from training.recipe import RECIPES, Recipe
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_run_commands(commands, shared)
 
+    _add_join(commands)
     _add_evaluate(commands, shared)
     _add_replay(commands, shared)
     add_data_commands(commands, shared)
@@ -92,6 +94,13 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser],
     command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--stamp", action="store_true", help="also write the figures into the checkpoint's header")
     command.set_defaults(run_command=_evaluate)
+
+
+def _add_join(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("join", help="put a file together from its parts and check every digest")
+    command.add_argument("manifest", type=Path, help="the .manifest.json beside the parts")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE")
+    command.set_defaults(run_command=_join, threads=0)
 
 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -240,6 +249,10 @@ def _compact(options: argparse.Namespace) -> None:
 def _slice(options: argparse.Namespace) -> None:
     with _run(options) as run:
         print(run.slice(options.parts, options.out))
+
+
+def _join(options: argparse.Namespace) -> None:
+    print(f"{join(options.manifest, options.out)}: every part and the whole have the digests of {options.manifest}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -329,6 +329,12 @@ def test_slices_of_a_run_end_with_the_checkpoint_of_an_unbroken_one(tiny_run: Ti
     assert read_header(out).weights_sha256 == read_header(tiny_run.checkpoint).weights_sha256
     assert max(path.stat().st_size for path in parts.iterdir()) <= 16 * 2**20
     assert {path.name.split(".")[0] for path in parts.iterdir()} == {*STAGES, "out"}
+    manifest, joined = parts / "out.safetensors.manifest.json", tmp_path / "joined.safetensors"
+    assert main(["join", str(manifest), "--out", str(joined)]) == 0
+    assert joined.read_bytes() == out.read_bytes()
+    (parts / "out.safetensors.000").write_bytes(b"damaged")
+    assert main(["join", str(manifest), "--out", str(joined)]) == 1
+    assert joined.read_bytes() == out.read_bytes()
 
 
 def test_a_run_is_taken_up_from_its_parts_on_another_machine(
