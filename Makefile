@@ -14,6 +14,9 @@ JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoi
 JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkpoint --set joint.epochs=4 \
 	--set joint.peak_lr=0.02 --set loss.experts=0.2
 
+# Where it is set, each of the many processes of the tests compiles torch anew: 20 s instead of 3.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
