@@ -40,16 +40,11 @@ def others(checkpoints: Sequence[str], device: torch.device) -> dict[str, LogPro
     """
     named: dict[str, LogProbs] = {}
     for checkpoint in checkpoints:
-        name = row_name(checkpoint)
+        name = f"checkpoint {Path(checkpoint).stem}"
         if name in named:
             raise ValueError(f"--compare {checkpoint}: another file is called {Path(checkpoint).stem}, too: rename one of them")
         named[name] = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     return named
-
-
-def row_name(checkpoint: str) -> str:
-    """Return what another checkpoint is called in the figures."""
-    return f"checkpoint {Path(checkpoint).stem}"
 
 
 def alone(mixture: Mixture, index: int) -> LogProbs:

@@ -14,6 +14,7 @@ import numpy as np
 
 from training.evaluation.certified import certified_section
 from training.evaluation.markup import Plots, document, figure, interval, length, paragraph, section, table, words
+from training.evaluation.table import compared
 
 SIGNIFICANT = 0.05
 """Below this p, a difference between two networks is called one."""
@@ -302,6 +303,7 @@ def _method(results: dict[str, Any]) -> str:
         "attacked through": results.get("surrogate"),
         "experts run": "all" if top_k is None else f"{top_k} of largest weight for each image",
         "level": results.get("level"),
+        **{name: compared(told) for name, told in results.get("compared", {}).items()},
         "best single expert": best and f"{best['name']}, chosen on {best['chosen_on']}",
         "versions": words(results["versions"]),
     }

@@ -21,7 +21,7 @@ from training.evaluation.certified import SURROGATE, certified_accuracy
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from training.evaluation.examination import Examination
 from training.evaluation.levels import EPSILON, QUICK, STANDARD
-from training.evaluation.networks import networks, others, row_name
+from training.evaluation.networks import networks, others
 from training.evaluation.outputs import write
 from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError, failed
@@ -66,9 +66,7 @@ def evaluate_checkpoint(
         MaskedGradientsError: A sanity check failed. Everything has been written by then.
     """
     request = request or Request()
-    header = read_header(checkpoint)
-    for each in (checkpoint, *request.compare):
-        _check_fit(each, dataset)
+    header, *headers = [_fitting(each, dataset) for each in (checkpoint, *request.compare)]
     against = others(request.compare, device)
     bench = Bench(_subset(dataset.test, n, seed), device, seed)
     ensemble = Ensemble(request.ensemble, EPSILON)
@@ -84,14 +82,18 @@ def evaluate_checkpoint(
         for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
     rivals = ["uniform average", *([best] if best else []), *against]
-    results = {**_record(header, dataset, bench, request, correct, best), "paired_tests": paired_tests(correct, rivals)}
-    if request.level != "quick":
-        results |= Examination(mixture, compared, rivals, bench, correct).run()
+    more = {} if request.level == "quick" else Examination(mixture, compared, rivals, bench, correct).run()  # fills correct
+    results = {
+        **_record(header, dataset, bench, request, correct, best),
+        "compared": {name: _told(other) for name, other in zip(against, headers, strict=True)},
+        "paired_tests": paired_tests(correct, rivals),
+        **more,
+        **_certified(header, mixture, bench),
+    }
     if after:
         results["autoattack"] = autoattack.to_json(after, ensemble)
     if "square" in after:
         results["sanity"] = [*results.get("sanity", []), sanity.square_after_ensemble(after).to_json()]
-    results |= _certified(header, mixture, bench)
     if request.corruptions:
         results["corruptions"] = _corruptions(mixture, bench)
     write(results, request, mixture, bench)
@@ -139,7 +141,6 @@ def _record(
         "attacks": {name: asdict(attack) if attack else {} for name, attack in attacks.items()},
         "accuracy": {name: {a: interval(right) for a, right in row.items()} for name, row in correct.items()},
         "best_single_expert": best and {"name": best, "chosen_on": f"{_selected(header)} held-out training images, PGD-10"},
-        "compared": {row_name(other): read_header(other).weights_sha256 for other in request.compare},
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "device": _device_name(bench.device)},
     }
 
@@ -148,6 +149,11 @@ def _certified(header: Header, mixture: Mixture, bench: Bench) -> dict[str, Any]
     """Return what is to be said of a vote: how it was attacked, and how accurate it is whatever some poison was."""
     found: dict[str, Any] = {"surrogate": SURROGATE} if header.architecture.votes else {}
     return {**found, "certified": certified_accuracy(mixture, bench)} if header.is_certified else found
+
+
+def _told(header: Header) -> dict[str, Any]:
+    """Return what is to be said of another checkpoint."""
+    return {"sha256": header.weights_sha256, "votes": header.architecture.votes}
 
 
 def _corruptions(mixture: Mixture, bench: Bench) -> dict[str, Any]:
@@ -190,7 +196,8 @@ def _subset(split: Split, n: int, seed: int) -> Split:
     return split.take(order[:n])
 
 
-def _check_fit(checkpoint: str | Path, dataset: Dataset) -> None:
+def _fitting(checkpoint: str | Path, dataset: Dataset) -> Header:
+    """Return a checkpoint's header; refuse one of other classes or another size."""
     header = read_header(checkpoint)
     if header.class_names != dataset.label_names:
         raise ValueError(f"{checkpoint}: the checkpoint knows the classes {header.class_names}, the data {dataset.label_names}")
@@ -199,6 +206,7 @@ def _check_fit(checkpoint: str | Path, dataset: Dataset) -> None:
         raise ValueError(
             f"{checkpoint}: the checkpoint takes {wanted} images, the data have {tuple(dataset.test.images.shape[2:])}"
         )
+    return header
 
 
 def _device_name(device: torch.device) -> str:

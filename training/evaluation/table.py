@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training.evaluation.certified import certified_markdown
+from training.evaluation.certified import SURROGATE, certified_markdown
 from training.evaluation.sanity import failed
 
 
@@ -84,8 +84,14 @@ def _method(results: dict[str, Any]) -> str:
         f"seed {results['seed']}, epsilon 8/255, PGD step 2/255 with random start, "
         f"attacks in {results['precision']} on the network's own log-probabilities."
         + (f" {results['surrogate']}" if "surrogate" in results else "")
+        + "".join(f" {name}: {compared(told)}." for name, told in results.get("compared", {}).items())
         + ("" if results["level"] == "quick" else " x2: two restarts, both of which must be survived. CW: margin objective.")
     )
+
+
+def compared(told: dict[str, Any]) -> str:
+    """Say which checkpoint a mixture was compared with, and how one that votes was attacked."""
+    return f"SHA-256 of the weights {told['sha256']}" + (f". {SURROGATE}".rstrip(".") if told["votes"] else "")
 
 
 def _sanity(results: dict[str, Any]) -> str:

@@ -97,7 +97,8 @@ def standard(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("reports") / "standard"
     with pytest.MonkeyPatch.context() as monkeypatch:
         shorten(monkeypatch, steps=15)
-        assert main(trained.command("--n", "30", "--level", "standard", "--corruptions", "--out", str(folder))) == 0
+        command = trained.command("--n", "30", "--level", "standard", "--corruptions", "--out", str(folder))
+        assert main([*command, "--compare", str(trained.checkpoint)]) == 0
     return folder
 
 
@@ -139,7 +140,7 @@ def test_the_stronger_attacks_are_run_on_the_networks_that_matter(standard: Path
     best = results["best_single_expert"]["name"]
     other = ({"expert 0", "expert 1"} - {best}).pop()
     rows = {name: list(row) for name, row in results["accuracy"].items()}
-    assert rows["mixture"] == rows["uniform average"] == rows[best] == attacks
+    assert rows["mixture"] == rows["uniform average"] == rows[best] == rows["checkpoint shades"] == attacks
     assert rows[other] == attacks[:3]
     assert rows["top 1"] == ["clean", "PGD-20"]
     assert "top 2" not in rows  # both experts: the mixture itself

@@ -82,11 +82,13 @@ def test_other_checkpoints_are_measured_on_the_same_images(
     digest = save_checkpoint(other, mixture, header).weights_sha256
     compared = ["--compare", str(same), "--compare", str(other)]
     assert main([*command(tiny_run), "--n", "20", "--json", str(tmp_path / "figures.json"), *compared]) == 0
-    assert "| checkpoint other |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| checkpoint other |" in printed
+    assert f"checkpoint other: SHA-256 of the weights {digest}." in printed
     results, rows = figures(tmp_path), figures(tmp_path)["accuracy"]
     assert rows["mixture"] == figures(evaluated)["accuracy"]["mixture"] == rows["checkpoint same"]
     assert rows["checkpoint other"] != rows["mixture"]
-    assert results["compared"]["checkpoint other"] == digest
+    assert results["compared"]["checkpoint other"] == {"sha256": digest, "votes": False}
     twice = [*command(tiny_run), *("--compare", str(same)) * 2]
     assert "another file is called same" in refusal(capsys, twice)
     tests = {(test["against"], test["attack"]): test for test in results["paired_tests"]}
