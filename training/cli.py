@@ -126,9 +126,7 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
     taught = argparse.ArgumentParser(add_help=False)
     taught.add_argument("--teacher", metavar="CHECKPOINT", help="learn what this one says of the clean images: distillation")
-    taught.add_argument(
-        "--teacher-share", type=float, default=1.0, metavar="S", help="of each target, the label has the rest; default: 1"
-    )
+    taught.add_argument("--teacher-share", type=float, metavar="S", help="of each target, the label has the rest; default: 1")
 
     init = argparse.ArgumentParser(add_help=False, parents=[taught])
     init.add_argument("--init", metavar="CHECKPOINT", help="joint training goes on from this instead of the folder's experts")
@@ -186,14 +184,21 @@ def _threads(text: str) -> int:
 def _run(options: argparse.Namespace) -> Iterator[Run]:
     """Yield the run that the options describe; with ``--dry-run`` print its plan and end the program instead."""
     with _prepared(options) as (recipe, dataset, worker):
-        teacher = options.teacher and Teacher(options.teacher, options.teacher_share, worker.device)
-        run = Run(recipe, dataset, options.run, options.seed, worker, options.init, teacher)
+        run = Run(recipe, dataset, options.run, options.seed, worker, options.init, _teacher(options, worker.device))
         if getattr(options, "dry_run", False):
             shown = plan(run.stages(), worker)
             if worker.first:
                 print(shown)
             raise SystemExit(0)
         yield run
+
+
+def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher | None:
+    if options.teacher is None:
+        if options.teacher_share is not None:
+            raise ValueError(f"--teacher-share {options.teacher_share}: give --teacher, too")
+        return None
+    return Teacher(options.teacher, 1.0 if options.teacher_share is None else options.teacher_share, device)
 
 
 @contextmanager

@@ -45,8 +45,10 @@ def without_highest(log_probs: torch.Tensor, targets: torch.Tensor, share: float
         share: In ``[0, 1)``; rounded down to whole samples, so at least one stays.
     """
     with torch.no_grad():
-        soft = targets.is_floating_point()
-        losses = -(targets * log_probs).sum(dim=1) if soft else F.nll_loss(log_probs, targets, reduction="none")  # (B,)
+        if targets.is_floating_point():  # without what no answer could spare: targets that are unsure themselves are not wrong
+            losses = F.kl_div(log_probs, targets, reduction="none").sum(dim=1)  # (B,)
+        else:
+            losses = F.nll_loss(log_probs, targets, reduction="none")
     kept = len(losses) - math.floor(share * len(losses))
     return losses.topk(kept, largest=False).indices.sort().values
 

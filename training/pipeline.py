@@ -164,18 +164,27 @@ class Run:
     def _check_teacher(self, teacher: Teacher) -> None:
         header, fitting = teacher.header, self._recipe.architecture
         theirs = (header.class_names, header.architecture.height, header.architecture.input_width)
-        if theirs != (self.dataset.label_names, fitting.height, fitting.input_width):
-            raise ValueError(f"the teacher tells apart {theirs}, these data are of {self.dataset.label_names}")
-        if any(expert.loss == "mart" for expert in self._recipe.experts):
-            raise ValueError("MART needs plain classes: experts that are trained with it can have no teacher")
+        ours = (self.dataset.label_names, fitting.height, fitting.input_width)
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher knows {theirs} (classes, height, width), the data have {ours}: give another --teacher"
+            )
+        if self._init is None and any(expert.loss == "mart" for expert in self._recipe.experts):
+            raise ValueError("MART needs plain classes: leave --teacher out, or choose another loss for the recipe's experts")
         self._check_held_out(header, "teacher")
 
     def _check_held_out(self, header: Header, who: str) -> None:
-        held_out = header.data.get("held_out_training_images")
-        if self.dataset.trained(header.data) and held_out != self._recipe.holdout:
+        """Refuse who may have seen images that this run is judged on: of the same data, but with others held out."""
+        told = header.data
+        if told.get("training_sha256") != self.dataset.digest:
+            return
+        theirs = (told.get("held_out_training_images"), told.get("quarantine_sha256"), told.get("partitions"))
+        ours = (self._recipe.holdout, self.dataset.described().get("quarantine_sha256"), None)
+        if theirs != ours:
             raise ValueError(
-                f"the {who} held out {held_out} of these training images, this run {self._recipe.holdout}: it may have seen "
-                f"some that this run is judged on; give --set holdout={held_out}"
+                f"the {who} was trained on these data, but held out other images than this run: {theirs} and {ours} (how many, "
+                "quarantine, partitions). It may have seen some that this run is judged on: give the same --set holdout=... "
+                "and --quarantine, or another checkpoint"
             )
 
     @cached_property

@@ -16,10 +16,11 @@ from model.mixture import Mixture
 class Teacher:
     """Softens targets by what a trained mixture says of the clean images.
 
-    Both the attack and the loss of who is taught then go by the teacher's probabilities in place of the label: of the clean
-    image, since that is where the teacher is most often right, and what the student is to say of the attacked one. Source: Zi
-    et al. 2021, "Revisiting adversarial robustness distillation: robust soft labels make student better" (RSLAD), section 3.3;
-    at temperature 1, and with the student's own loss in place of the divergence, which has the same gradient.
+    Whatever a stage does with the label, in its loss and in its attack, it then does with the teacher's probabilities: those of
+    the clean image, where the teacher is most often right. Source: Zi et al. 2021, "Revisiting adversarial robustness
+    distillation: robust soft labels make student better" (RSLAD), section 3.3, at temperature 1. Its two terms, clean and
+    attacked, are those of joint training (with the weights of the recipe); experts have one of them, as without a teacher. A
+    cross-entropy against the teacher's probabilities has the gradient of the divergence from them.
 
     Args:
         checkpoint: A path or the name of an embedded checkpoint. Its weights are read when it is first asked.
@@ -40,11 +41,13 @@ class Teacher:
     @property
     def told(self) -> dict[str, object]:
         """What is recorded of it, as JSON values."""
-        return {"sha256": self.header.weights_sha256, "share": self.share}
+        return {"sha256": self.header.weights_sha256, "top_k": self.header.top_k, "share": self.share}
 
     @cached_property
     def _network(self) -> Mixture:
         loaded = fold_batch_norms(load_checkpoint(self._checkpoint, self._device))
+        if read_header(self._checkpoint) != self.header:
+            raise ValueError(f"the teacher {self._checkpoint} was replaced while the run was prepared: start again")
         return loaded.requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()

@@ -306,3 +306,6 @@ def test_trimming_leaves_out_the_samples_of_the_highest_loss() -> None:
     assert without_highest(log_probs, labels, 0.99).tolist() == [0]
     swapped = torch.tensor([[0.0, 1.0]] * 5)
     assert without_highest(log_probs, swapped, 0.4).tolist() == [1, 2, 3]
+    unsure = torch.stack([first, 1 - first], dim=1)
+    unsure[3] = torch.tensor([0.95, 0.05])  # who agrees with unsure targets stays, who contradicts sure ones goes
+    assert without_highest(log_probs, unsure, 0.2).tolist() == [0, 1, 2, 4]

@@ -267,6 +267,14 @@ def test_joint_training_goes_on_from_a_checkpoint(
     assert before.recipe["went_on_from_sha256"] is None
 
 
+def test_a_checkpoint_that_has_seen_held_out_images_is_no_start(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny_run.arguments(tmp_path / "run"), "--init", str(tiny_run.checkpoint), "--set", "holdout=12"]
+    message = refusal(capsys, ["joint", *arguments])
+    assert "the checkpoint to go on from was trained on these data, but held out other images" in message
+
+
 def test_a_checkpoint_of_another_architecture_is_no_start(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

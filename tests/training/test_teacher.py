@@ -60,6 +60,34 @@ def test_who_is_taught_learns_no_label(tiny_run: TinyRun, tmp_path: Path, mislab
     assert not alike(expert, pretrained(tiny_run, tmp_path / "alone"))
 
 
+def test_joint_training_learns_from_it_too_in_as_many_parts_as_one_likes(
+    tiny_run: TinyRun, tmp_path: Path, mislabelled: Path
+) -> None:
+    def trained(name: str, data: Path | None, *more: str) -> dict[str, torch.Tensor]:
+        start = ["--init", str(tiny_run.checkpoint), "--set", "joint.accumulate=2"]
+        assert main(["joint", *tiny_run.arguments(tmp_path / name, data), *start, *more]) == 0
+        tensors, _ = RunFolder(tmp_path / name).load("joint") or ({}, {})
+        return tensors
+
+    taught = ("--teacher", str(tiny_run.checkpoint))
+    mixture = trained("right", None, *taught)
+    assert alike(mixture, trained("wrong", mislabelled, *taught))
+    assert not alike(mixture, trained("alone", None))
+
+
+def test_a_vote_of_the_same_data_is_no_teacher(tiny_vote: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It held out as many images, but others: a share of each partition."""
+    held_out = read_header(tiny_vote.checkpoint).data["held_out_training_images"]
+    more = ["--teacher", str(tiny_vote.checkpoint), "--set", f"holdout={held_out}"]
+    assert main(["pretrain", *tiny_vote.arguments(tmp_path), *more]) == 1
+    assert "held out other images" in capsys.readouterr().err
+
+
+def test_a_share_for_nobody_is_refused(tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", *tiny_run.arguments(tmp_path), "--teacher-share", "0.5"]) == 1
+    assert "give --teacher, too" in capsys.readouterr().err
+
+
 def test_the_checkpoint_names_its_teacher_and_a_run_keeps_to_it(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +98,7 @@ def test_the_checkpoint_names_its_teacher_and_a_run_keeps_to_it(
     assert main(["export", *arguments, "--out", str(out)]) == 1  # that would be a run without a teacher
     assert "other settings" in capsys.readouterr().err
     assert main(["export", *arguments, *taught, "--out", str(out)]) == 0
-    assert read_header(out).recipe["taught_by"] == {"sha256": teacher, "share": 0.5}
+    assert read_header(out).recipe["taught_by"] == {"sha256": teacher, "top_k": None, "share": 0.5}
     assert read_header(tiny_run.checkpoint).recipe["taught_by"] is None
 
 
@@ -78,7 +106,7 @@ def test_the_checkpoint_names_its_teacher_and_a_run_keeps_to_it(
     ("options", "problem"),
     [
         (["--teacher-share", "0"], "above 0 and at most 1, not 0.0"),
-        (["--set", "holdout=12"], "held out 10 of these training images, this run 12"),
+        (["--set", "holdout=12"], "held out other images than this run: (10, None, None) and (12, None, None)"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(
