@@ -1,7 +1,7 @@
 """What poisoned training data does to a plain network, an adversarially trained one, the mixture, and its defences.
 
     python -m benchmarks.poisoning --data data/cifar10.npz --out runs/poisoning
-        [--arms "mixture;mixture, screened"] [--attacks "clean;flips 20 %"] [--seeds 3] [--images 15000] [--threads 1]
+        [--arms "mixture;mixture, screened"] [--attacks "clean;flips 20 %"] [--seeds 3] [--images 50000] [--threads 1]
         [--plan] [--report]
 
 A fixed, class-balanced subset of CIFAR-10's training images (`--images`) is poisoned (`benchmarks.poisons`), an arm is trained
@@ -147,14 +147,14 @@ class Study:
         resumed, began = folder.exists(), time.process_time()
         dataset = poisoned.dataset
         if arm.screened:
-            how = self.size.screen_width, self.size.screen_epochs, cell.seed, self.worker
-            screening = poisoning_defences.screened(dataset, folder / "screening", *how)
+            settings = self.size.screening(cell.seed)
+            screening = poisoning_defences.screened(dataset, folder / "screening", settings, self.worker)
             flagged = {name: caught(poisoned.touched, screening.flagged(name)) for name in screening.scores}
             found = {
                 **caught(poisoned.touched, screening.quarantined),
                 "detectors": flagged,
                 "wrong_labels": screening.wrong_labels,
-                "screeners": {"width": how[0], "epochs": how[1]},
+                "screeners": poisoning_defences.told(settings),
             }
             dataset = dataset.without(torch.from_numpy(np.flatnonzero(screening.quarantined)))
         screened_s, began = time.process_time() - began, time.process_time()

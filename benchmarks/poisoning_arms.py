@@ -85,19 +85,25 @@ class Size:
         judged: Test images for everything else; 0 means all.
         screen_width: Channels of the first stage of the networks that screen.
         screen_epochs: Passes of those.
+        screen_folds: Parts of which all but one train a screener that judges the one.
     """
 
-    images: int = 15000
+    images: int = 50000
     width: int = 8
     batch_size: int = 64
-    epochs: float = 2.0
-    joint_epochs: float = 0.75
-    single_epochs: float = 4.0
+    epochs: float = 0.6
+    joint_epochs: float = 0.225
+    single_epochs: float = 1.2
     holdout: int = 500
     attacked: int = 500
     judged: int = 5000
     screen_width: int = 16
-    screen_epochs: float = 10.0
+    screen_epochs: float = 3.0
+    screen_folds: int = 3
+
+    def screening(self, seed: int) -> dict[str, Any]:
+        """Return the settings of a screening."""
+        return {"width": self.screen_width, "epochs": self.screen_epochs, "folds": self.screen_folds, "seed": seed}
 
     def recipe(self, arm: Arm, dataset: Dataset) -> Recipe:
         """Return an arm's recipe: the line-up and the losses of `compact` on a short schedule, or one expert of it alone."""

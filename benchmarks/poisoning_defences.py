@@ -6,7 +6,7 @@ What only these need is imported where it is used, so that all other arms run wi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,22 +21,27 @@ if TYPE_CHECKING:
     from training.screening.screening import Screening
 
 
-def screened(dataset: Dataset, folder: Path, width: int, epochs: float, seed: int, worker: Worker) -> Screening:
+def told(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that decides what a screening with these settings finds, as JSON values."""
+    from training.screening.screening import settings_json
+    from training.screening.settings import ScreenSettings
+
+    return settings_json(ScreenSettings(**settings))
+
+
+def screened(dataset: Dataset, folder: Path, settings: dict[str, Any], worker: Worker) -> Screening:
     """Screen the training samples; killed, it goes on from what is in `folder`.
 
     Args:
         dataset: The data, poisoned or not.
         folder: Where the screeners are kept.
-        width: Channels of a screener's first stage.
-        epochs: Passes of a screener.
-        seed: Of the screening.
+        settings: Those of `training.screening.settings` that differ from the defaults.
         worker: Where to train, and when to stop.
     """
     from training.screening.screening import screen
     from training.screening.settings import ScreenSettings
 
-    settings = ScreenSettings(width=width, epochs=epochs, seed=seed)
-    return screen(dataset, settings, folder, worker.device, worker)
+    return screen(dataset, ScreenSettings(**settings), folder, worker.device, worker)
 
 
 def partition_run(recipe: Recipe, dataset: Dataset, folder: Path, seed: int, worker: Worker) -> PartitionRun:

@@ -49,13 +49,27 @@ def write(rows: list[Row], settings: dict[str, Any], pictures: Pictures, out: Pa
         settings: Those of all of them.
         pictures: Of each attack.
         out: The folder.
+
+    Raises:
+        SystemExit: Screened cells differ in how.
     """
     rows = [row for row in rows if row["attack"] in {poison.name for poison in POISONS}]
+    _check_screeners(rows)
     plots = poisoning_plots.draw(rows, pictures, out)
     (out / "report.html").write_text(page(rows, settings, plots))
     text = markdown(rows)
     (out / "table.md").write_text(text + "\n")
     print(text)
+
+
+def _check_screeners(rows: list[Row]) -> None:
+    """Refuse cells that were screened in different ways: their mean would be of nothing."""
+    ways = [{**row["screeners"], "seed": None} for row in rows if "screeners" in row]
+    for way in ways[1:]:
+        if way != ways[0]:
+            raise SystemExit(
+                f"cells were screened with {way} and with {ways[0]}: remove the older ones from cells/, or use --out"
+            )
 
 
 def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> str:

@@ -165,6 +165,21 @@ def test_screening_is_judged_by_what_it_puts_aside() -> None:
     assert caught(np.zeros(10, bool), quarantined) == {"caught": None, "clean_quarantined": 0.4}
 
 
+def test_cells_screened_in_different_ways_are_not_averaged(tmp_path: Path) -> None:
+    rows = [row("mixture, screened", "clean", seed, screeners={"epochs": seed // 2, "seed": seed}) for seed in range(3)]
+    settings = {"size": {"images": 60, "width": 4}}
+    poisoning_report.write(rows[:2], settings, {}, tmp_path)
+    with pytest.raises(SystemExit, match="cells were screened with"):
+        poisoning_report.write(rows, settings, {}, tmp_path)
+
+
+def test_a_grid_that_is_stopped_early_has_something_of_each_arm() -> None:
+    options = {arm.name for arm in ARMS if arm.optional}
+    order = [(cell.arm in options, cell.seed > 0) for cell in poisoning.cells(list(ARMS), list(POISONS), 3)]
+    assert order == sorted(order)
+    assert {(False, False), (False, True), (True, False)} == set(order)
+
+
 def test_only_the_main_rows_have_several_seeds() -> None:
     grid = list(poisoning.cells(list(ARMS), list(POISONS), 3))
     assert len(grid) == len(set(grid)) == len({cell.stem for cell in grid})
