@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+from benchmarks.budgets import DAY_S
+from benchmarks.budgets import row as theft_cost
 from benchmarks.extraction_adaptive import price
 from benchmarks.extraction_victim import POLICIES
+from service.quota import Window
+from service.settings import SUSPECT, Settings
 
 Row = dict[str, Any]
 
@@ -72,26 +77,52 @@ def _repeats(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw the best agreement over the budget, a panel for each pool, a line for each policy."""
+    """Draw the best agreement over the budget, policies by colour and pools by sign, and over what a budget takes one identity.
+
+    Args:
+        rows: Of one thief.
+        path: The PNG file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    pools = list(dict.fromkeys(row["pool"] for row in rows))
-    figure, panels = plt.subplots(1, len(pools), figsize=(1 + 4.5 * len(pools), 4), sharey=True, squeeze=False)
-    for axes, pool in zip(panels[0], pools, strict=True):
-        for policy in POLICIES:
-            best: dict[int, float] = {}
-            for row in rows:
-                if (row["pool"], row["policy"]) == (pool, policy):
-                    best[row["budget"]] = max(best.get(row["budget"], 0), 100 * row["agreement"])
-            if best:
-                axes.plot(*zip(*sorted(best.items()), strict=True), marker="o", linewidth=1, label=policy)
-        axes.set(xscale="log", xlabel="answers", title=f"pool {pool}")
+    figure, (answers, days) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    pools, colours = list(dict.fromkeys(row["pool"] for row in rows)), {name: f"C{i}" for i, name in enumerate(POLICIES)}
+    for policy, colour in colours.items():
+        for pool, sign in zip(pools, "osD", strict=False):
+            if points := _best_by_budget(rows, policy, pool):
+                answers.plot(*zip(*points, strict=True), marker=sign, linewidth=1, color=colour)
+    handles = [answers.plot([], [], color=colour, label=name)[0] for name, colour in colours.items()]
+    handles += [
+        answers.plot([], [], "k", marker=sign, ls="", label=f"pool {pool}")[0] for pool, sign in zip(pools, "osD", strict=False)
+    ]
+    answers.legend(handles=handles, fontsize=8)
+    answers.set(xlabel="answers", ylabel="agreement with the model, %, best seed", xscale="log")
+    for tier, quota in Settings().policies().items():
+        policy = "label only" if tier == SUSPECT else "2 decimals"
+        costs = [(_days(quota.windows, budget), share) for budget, share in _best_by_budget(rows, policy, pools[0])]
+        if quota.windows and costs:
+            days.plot(*zip(*costs, strict=True), marker="o", linewidth=1, label=f"{tier}, {policy}")
+    days.set(xlabel="days that one identity needs", xscale="log")
+    days.legend(fontsize=8)
+    for axes in (answers, days):
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("agreement with the model, %, best seed")
-    panels[0][-1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _best_by_budget(rows: list[Row], policy: str, pool: str) -> list[tuple[int, float]]:
+    """Return budgets, ascending, each with the best seed's agreement in per cent."""
+    own = [row for row in rows if (row["policy"], row["pool"]) == (policy, pool)]
+    return [
+        (budget, max(100 * row["agreement"] for row in own if row["budget"] == budget))
+        for budget in sorted({row["budget"] for row in own})
+    ]
+
+
+def _days(windows: tuple[Window, ...], answers: int) -> float:
+    seconds = asyncio.run(theft_cost(windows, answers))["one_identity_s"]
+    return float("inf") if seconds is None else max(float(seconds), 1.0) / DAY_S
