@@ -75,21 +75,8 @@ def evaluate_checkpoint(
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     exact_float32()
     after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}  # first, as nothing else survives a kill
-    compared = {**networks(mixture), **against}
-    best = _best_expert(header, dataset, compared, device, seed)
-    correct: Correct = {
-        name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
-        for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
-    }
-    rivals = ["uniform average", *([best] if best else []), *against]
-    more = {} if request.level == "quick" else Examination(mixture, compared, rivals, bench, correct).run()  # fills correct
-    results = {
-        **_record(header, dataset, bench, request, correct, best),
-        "compared": {name: _told(other) for name, other in zip(against, headers, strict=True)},
-        "paired_tests": paired_tests(correct, rivals),
-        **more,
-        **_certified(header, mixture, bench),
-    }
+    results = _measure(mixture, against, header, dataset, bench, request)
+    results["compared"] = {name: _told(other) for name, other in zip(against, headers, strict=True)}
     if after:
         results["autoattack"] = autoattack.to_json(after, ensemble)
     if "square" in after:
@@ -103,6 +90,22 @@ def evaluate_checkpoint(
     if failed(results.get("sanity", [])):
         raise MaskedGradientsError(suspicion(results))
     return results
+
+
+def _measure(
+    mixture: Mixture, against: dict[str, LogProbs], header: Header, dataset: Dataset, bench: Bench, request: Request
+) -> dict[str, Any]:
+    """Return the figures of the level that was asked for, but for what level ``full`` adds."""
+    compared = {**networks(mixture), **against}
+    best = _best_expert(header, dataset, compared, bench.device, bench.seed)
+    correct: Correct = {
+        name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
+        for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
+    }
+    rivals = ["uniform average", *([best] if best else []), *against]
+    more = {} if request.level == "quick" else Examination(mixture, compared, rivals, bench, correct).run()  # fills correct
+    record = _record(header, dataset, bench, request, correct, best)
+    return {**record, "paired_tests": paired_tests(correct, rivals), **more, **_certified(header, mixture, bench)}
 
 
 def _stamp(checkpoint: str | Path, results: dict[str, Any]) -> None:

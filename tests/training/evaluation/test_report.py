@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load_checkpoint, read_header, save_checkpoint
+from model.mixture import Mixture
 from training.cli import main
 from training.data import load_dataset
+from training.evaluation.certified import SURROGATE
 
 if TYPE_CHECKING:
     from tests.training.conftest import TinyRun
@@ -94,6 +97,18 @@ def test_other_checkpoints_are_measured_on_the_same_images(
     tests = {(test["against"], test["attack"]): test for test in results["paired_tests"]}
     assert tests["checkpoint same", "PGD-10"]["only_mixture"] == tests["checkpoint same", "PGD-10"]["only_other"] == 0
     assert tests["checkpoint other", "clean"]["difference_points"] != 0
+
+
+def test_a_compared_vote_is_said_to_be_attacked_through_a_surrogate(
+    tiny_vote: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain.safetensors"
+    architecture = replace(read_header(tiny_vote.checkpoint).architecture, aggregation="gate")
+    save_checkpoint(
+        plain, Mixture(architecture), replace(read_header(tiny_vote.checkpoint), architecture=architecture, data={})
+    )
+    assert main([*command(tiny_vote, plain), "--n", "4", "--compare", str(tiny_vote.checkpoint)]) == 0
+    assert SURROGATE.rstrip(".") in capsys.readouterr().out
 
 
 def test_the_differences_are_those_of_the_table(evaluated: Path) -> None:
