@@ -110,16 +110,18 @@ class Size:
         base, options = RECIPES["compact"], {"batch_size": self.batch_size, "trim": arm.trim, "mixup": arm.mixup}
         # In proportion to the batch. At the rate of larger ones, N-FGSM had not learnt a backdoor after 450 steps.
         slower = self.batch_size / base.pretrain.batch_size
-        # Who sees a share of the images makes so many more passes over it: all take as many steps.
-        share = 1 / len(base.experts) if arm.kind == "partition" else arm.bag or 1
+        # Who sees a share of the images makes so many more passes over it: all take as many steps. Else what screening sets
+        # aside would shorten the training, and that would be counted as lost to the poison.
+        left = len(dataset.train) / self.images
+        share = left * (1 / len(base.experts) if arm.kind == "partition" else arm.bag or 1)
         stage = replace(base.pretrain, epochs=self.epochs / share, peak_lr=slower * base.pretrain.peak_lr, **options)
         architecture = Architecture(self.width, gate_width=self.width)
         experts, validation = base.experts, min(100, self.holdout)
         if arm.kind in ("plain", "adversarial"):
-            stage = replace(stage, epochs=self.single_epochs)
+            stage = replace(stage, epochs=self.single_epochs / left)
             architecture = replace(architecture, num_experts=1)
             experts = (experts[0] if arm.kind == "plain" else experts[1],)
-        joint = replace(base.joint, epochs=self.joint_epochs, peak_lr=slower * base.joint.peak_lr, **options)
+        joint = replace(base.joint, epochs=self.joint_epochs / left, peak_lr=slower * base.joint.peak_lr, **options)
         recipe = Recipe(
             "poisoning",
             architecture,

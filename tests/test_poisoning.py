@@ -165,6 +165,15 @@ def test_screening_is_judged_by_what_it_puts_aside() -> None:
     assert caught(np.zeros(10, bool), quarantined) == {"caught": None, "clean_quarantined": 0.4}
 
 
+def test_what_screening_sets_aside_does_not_shorten_the_training(dataset: Dataset) -> None:
+    size, (screened,) = Size(images=300, holdout=30), [arm for arm in ARMS if arm.screened]
+    left = dataset.without(torch.arange(0, 300, 4))
+    for stage in ("pretrain", "joint"):
+        schedules = [getattr(size.recipe(screened, data), stage) for data in (dataset, left)]
+        taken = [schedule.epochs * len(data.train) for schedule, data in zip(schedules, (dataset, left), strict=True)]
+        assert taken[1] == pytest.approx(taken[0])
+
+
 def test_cells_screened_in_different_ways_are_not_averaged(tmp_path: Path) -> None:
     rows = [row("mixture, screened", "clean", seed, screeners={"epochs": seed // 2, "seed": seed}) for seed in range(3)]
     settings = {"size": {"images": 60, "width": 4}}
