@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.running_service import add_settings_option, numbers, versions
-from model.execution import load_fast_path
+from model.fast_path import load_fast_path
 from service.settings import Settings
 
 BATCHES = (1, 8, 16, 32, 64, 128)

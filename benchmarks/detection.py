@@ -30,7 +30,7 @@ from benchmarks.detection_callers import HONEST, LIMITS, THIEVES, Kind, Photos, 
 from benchmarks.detection_searches import Oracle, as_png, as_tensor, noisy, search
 from benchmarks.hardware import describe
 from model.checkpoint import load_checkpoint, read_header
-from model.execution import load_fast_path
+from model.fast_path import load_fast_path
 from service.identity import Caller
 from service.metrics import Metrics
 from service.problems import Problem

@@ -39,7 +39,7 @@ from benchmarks.extraction_victim import POLICIES, Scene, as_targets, make_scene
 from benchmarks.hardware import describe
 from benchmarks.record import Record
 from benchmarks.running_service import numbers
-from model.execution import FastPath, load_fast_path
+from model.fast_path import FastPath, load_fast_path
 from service.policy import Policy
 from training.attack import Attack
 from training.data import Split, load_dataset

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.hardware import describe, spread
 from model import tuned
 from model.checkpoint import Header, read_header
-from model.device import native_bfloat16
-from model.execution import ExecutionName, available, choose_device
+from model.device import available, choose_device, native_bfloat16
+from model.plan import ExecutionName
 from model.tuned import Identity, artefact
 from service.stopwatch import REFERENCES, ExecutionFailedError, Stopwatch
 from service.tuning import measure

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.hardware import describe
 from model.checkpoint import read_header
-from model.execution import FastPath, load_fast_path
+from model.fast_path import FastPath, load_fast_path
 
 SHUFFLINGS = 200
 DECILES = np.arange(0.1, 1.0, 0.1)

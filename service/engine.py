@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from model.device import gpu_uuid
-from model.execution import FastPath
+from model.fast_path import FastPath
 from service.fast_path import fast_path_of
 from service.metrics import Metrics
 from service.serving import ModelFacts

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from model.checkpoint import CheckpointError, read_header
-from model.execution import MOST_LANES
+from model.fast_path import MOST_LANES
 from service import logs
 from service.engine import facts_of, load, predict, step_back
 from service.metrics import Metrics

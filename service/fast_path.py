@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model.execution import FastPath, load_fast_path
+from model.fast_path import FastPath, load_fast_path
 from service.settings import Settings
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.checkpoint import load_checkpoint, read_header, read_weights
-from model.execution import COMPILED_STACK, Execution, ExecutionName, Prediction, make_executions
+from model.execution import COMPILED_STACK, Execution, Prediction, make_executions
+from model.plan import ExecutionName
 
 REFERENCES = ("reference-float32", "reference-bfloat16")
 """Beside the executions: the reference mixture as it is, a straightforward loop over its experts, channels-last."""

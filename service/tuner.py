@@ -15,8 +15,9 @@ import numpy as np
 
 from model import tuned
 from model.checkpoint import read_header
-from model.device import STACKS, has_torch, processor
-from model.execution import NO_INT8_VOTE, ExecutionName, available, check_top_k, choose_device
+from model.device import STACKS, available, choose_device, has_torch, processor
+from model.fast_path import NO_INT8_VOTE, check_top_k
+from model.plan import ExecutionName
 from model.tuned import Identity, Tuning, artefact
 from service.replay import Replay, read_replay
 from service.settings import Settings

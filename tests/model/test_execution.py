@@ -15,7 +15,8 @@ import torch
 from model import tuned
 from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoint
 from model.device import native_bfloat16, processor
-from model.execution import TOLERANCE, FastPath, Prediction, check_top_k, load_fast_path, make_executions
+from model.execution import TOLERANCE, Prediction, make_executions
+from model.fast_path import FastPath, check_top_k, load_fast_path
 from model.mixture import Mixture
 from model.plan import Plan
 from model.tuned import Identity, Tuning
@@ -192,7 +193,7 @@ def test_the_service_runs_a_checkpoint_on_a_processor_without_torch(tmp_path: Pa
 import sys
 from pathlib import Path
 import numpy as np
-from model.execution import load_fast_path
+from model.fast_path import load_fast_path
 path = load_fast_path("compact", "cpu", tuned=Path({str(tmp_path)!r}))
 assert path.predict(np.zeros((5, 3, 32, 32), np.uint8)).probabilities.shape == (5, 10)
 assert "openvino" in path.description

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from model.checkpoint import read_header
-from model.execution import TOLERANCE, load_fast_path
+from model.execution import TOLERANCE
+from model.fast_path import load_fast_path
 from service.cli import main
 from service.stopwatch import ExecutionFailedError, Stopwatch
 from service.tuning import probe
