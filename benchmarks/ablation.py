@@ -30,8 +30,9 @@ from benchmarks.record import Record
 from model.architecture import Architecture
 from model.mixture import Mixture
 from training.attack import Attack
-from training.data import Dataset, Split, load_dataset
+from training.data import Dataset, Split
 from training.joint import JointTask
+from training.loading import load_dataset
 from training.measure import accuracy_under
 from training.pretrain import Alone, ExpertTask
 from training.recipe import ExpertRecipe, JointLoss, Recipe, Schedule

@@ -32,7 +32,7 @@ from benchmarks.hardware import describe
 from benchmarks.record import Record
 from benchmarks.running_service import add_settings_option, running_service
 from model.checkpoint import read_header
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.run_folder import git_revision
 
 ATTACKS = ("Square", "HopSkipJump")

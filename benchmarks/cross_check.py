@@ -22,8 +22,8 @@ from torch import nn
 from benchmarks.hardware import describe
 from model.checkpoint import load_checkpoint, read_header
 from training.attack import Attack
-from training.data import load_dataset
 from training.evaluation.levels import EPSILON, STEP
+from training.loading import load_dataset
 from training.measure import BATCH, Bench, exact_float32
 
 

@@ -28,9 +28,10 @@ from model.architecture import PRESETS
 from model.checkpoint import load_checkpoint, read_header
 from model.mixture import Mixture
 from training.attack import Attack
-from training.data import Split, load_dataset
+from training.data import Split
 from training.evaluation.levels import EPSILON, STEP
 from training.evaluation.significance import interval
+from training.loading import load_dataset
 from training.measure import Bench
 from training.pretrain import Alone, ExpertTask
 from training.recipe import ExpertRecipe, Schedule

@@ -36,7 +36,7 @@ from service.metrics import Metrics
 from service.problems import Problem
 from service.settings import Settings
 from service.watch import Watch
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.replay import held_out
 
 RECORDED = Path("build")

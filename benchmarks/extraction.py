@@ -42,7 +42,8 @@ from benchmarks.running_service import numbers
 from model.fast_path import FastPath, load_fast_path
 from service.policy import Policy
 from training.attack import Attack
-from training.data import Split, load_dataset
+from training.data import Split
+from training.loading import load_dataset
 from training.measure import Bench
 from training.run_folder import git_revision
 

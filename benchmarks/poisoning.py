@@ -45,7 +45,8 @@ from benchmarks import poisoning_defences, poisoning_report
 from benchmarks.hardware import describe
 from benchmarks.poisoning_arms import ARMS, Arm, Size, caught, judge, stages, train
 from benchmarks.poisons import POISONS, Poison, Poisoned, apply, subset, with_training
-from training.data import Dataset, load_dataset
+from training.data import Dataset
+from training.loading import load_dataset
 from training.measure import exact_float32
 from training.plan import costs
 from training.pretrain import Alone

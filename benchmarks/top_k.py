@@ -21,9 +21,9 @@ from model.fast import fold_batch_norms
 from model.plan import default_plan
 from service.stopwatch import Stopwatch
 from training.attack import Attack
-from training.data import load_dataset
 from training.evaluation.levels import EPSILON, STEP
 from training.evaluation.significance import interval
+from training.loading import load_dataset
 from training.measure import Bench
 from training.replay import held_out
 

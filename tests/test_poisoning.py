@@ -20,7 +20,8 @@ from benchmarks.poisons import POISONS, TARGET, Poison, Poisoned, apply, patched
 from model.architecture import Architecture
 from model.mixture import Mixture
 from tests.conftest import colour_arrays
-from training.data import Dataset, load_dataset
+from training.data import Dataset
+from training.loading import load_dataset
 from training.pretrain import Alone
 from training.screening.screening import DETECTORS
 from training.stage import Trainer

@@ -12,13 +12,14 @@ from typing import get_args
 import torch
 
 from model.checkpoint import CheckpointError
-from training.data import DOWNLOADS, Dataset
+from training.data import Dataset
 from training.data_commands import add_data_commands, add_data_options, add_quarantine_option, load
 from training.evaluation.autoattack import parse_attacks
 from training.evaluation.levels import Level
 from training.evaluation.report import evaluate_checkpoint
 from training.evaluation.request import Request
 from training.evaluation.sanity import MaskedGradientsError
+from training.loading import DOWNLOADS
 from training.partition_command import register as register_partition
 from training.parts import join
 from training.pipeline import Run

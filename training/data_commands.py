@@ -6,7 +6,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from training.data import Dataset, load_dataset
+from training.data import Dataset
+from training.loading import load_dataset
 from training.manifest import checked, write_manifest
 from training.screening.page import write_page
 from training.screening.quarantine import without_quarantined, write_quarantine

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import Split, load_dataset
+from training.data import Split
+from training.loading import load_dataset
 
 if TYPE_CHECKING:
     from tests.conftest import Bomb

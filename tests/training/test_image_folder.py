@@ -13,8 +13,9 @@ from PIL import Image
 
 from service.decode import Decoder
 from tests.service.pictures import animation, encode, noise, raw_png
-from training.data import Dataset, load_dataset
+from training.data import Dataset
 from training.image_folder import read_image
+from training.loading import load_dataset
 
 SHADES = {"dark": (10, 20, 30), "light": (200, 210, 220)}
 

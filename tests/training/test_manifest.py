@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.checkpoint import read_header
 from training.cli import main
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.manifest import checked, write_manifest
 
 if TYPE_CHECKING:

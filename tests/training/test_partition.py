@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import colour_arrays
-from training.data import Dataset, Split, load_dataset
+from training.data import Dataset, Split
+from training.loading import load_dataset
 from training.partition import check_classes, held_out, partition_of, partitions
 
 COUNT = 5

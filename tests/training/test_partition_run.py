@@ -21,7 +21,8 @@ from model.checkpoint import load_checkpoint, read_header
 from tests.conftest import colour_arrays
 from tests.training.conftest import SMALL_PARTS
 from training.cli import main
-from training.data import Dataset, Split, load_dataset
+from training.data import Dataset, Split
+from training.loading import load_dataset
 from training.partition import partition_of, partitions
 from training.partition_command import register
 from training.partition_run import PartitionRun

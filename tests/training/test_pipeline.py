@@ -20,7 +20,7 @@ import training.pretrain
 import training.stage
 from model.checkpoint import load_checkpoint, read_header
 from training.cli import main
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.recipe import RECIPES, Recipe
 from training.run_folder import RunFolder
 

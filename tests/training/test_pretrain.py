@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from model.mixture import Mixture
-from training.data import Dataset, Split, load_dataset
+from training.data import Dataset, Split
+from training.loading import load_dataset
 from training.pipeline import Run
 from training.pretrain import Alone, ExpertTask, expert_bag
 from training.recipe import RECIPES, ExpertLoss, ExpertRecipe, Recipe, Schedule

@@ -13,7 +13,7 @@ import torch
 from model.checkpoint import load_checkpoint, read_header
 from tests.training.conftest import TinyRun
 from training.cli import main
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.replay import held_out
 
 Arrays = dict[str, np.ndarray]

@@ -15,7 +15,8 @@ from torch import nn
 import training.stage
 from model.architecture import Architecture
 from model.backbone import ResNet18
-from training.data import Split, load_dataset
+from training.data import Split
+from training.loading import load_dataset
 from training.measure import accuracy_under
 from training.pretrain import Alone, ExpertTask
 from training.recipe import ExpertRecipe, Schedule

@@ -12,8 +12,8 @@ import torch
 
 from model.checkpoint import load_checkpoint, read_header
 from training.cli import main
-from training.data import load_dataset
 from training.evaluation.certified import certified_markdown, certified_section
+from training.loading import load_dataset
 from training.plots import plot_certified
 from training.replay import held_out
 

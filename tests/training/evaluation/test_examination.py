@@ -16,10 +16,10 @@ from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoi
 from model.mixture import Mixture
 from training.attack import Attack, frozen_statistics, perturb
 from training.cli import main
-from training.data import load_dataset
 from training.evaluation import curves, examination, report, sanity
 from training.evaluation.examination import Examination
 from training.evaluation.levels import QUICK, STANDARD
+from training.loading import load_dataset
 
 SHADES = ("red", "green", "blue", "grey")
 

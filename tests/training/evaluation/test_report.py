@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from model.checkpoint import load_checkpoint, read_header, save_checkpoint
 from model.mixture import Mixture
 from training.cli import main
-from training.data import load_dataset
 from training.evaluation.certified import SURROGATE
+from training.loading import load_dataset
 
 if TYPE_CHECKING:
     from tests.training.conftest import TinyRun

@@ -12,7 +12,7 @@ import pytest
 
 from model.checkpoint import read_header
 from training.cli import main
-from training.data import load_dataset
+from training.loading import load_dataset
 from training.screening.quarantine import without_quarantined
 
 if TYPE_CHECKING:
