@@ -38,7 +38,7 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return momenta(tmp_path_factory.mktemp("workers") / "one", 1, 1)
 
 
-@pytest.mark.parametrize("case", ["frozen-1", "frozen-3"])
+@pytest.mark.parametrize("case", ["frozen-1", "frozen-3", "taught"])
 def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(one_worker: Path, two_workers: Path, case: str) -> None:
     one, two = load_file(one_worker / case), load_file(two_workers / case)
     assert one.keys() == two.keys()
@@ -46,6 +46,11 @@ def test_two_workers_have_the_gradients_of_one_on_the_joined_batch(one_worker: P
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     assert max(gradient.abs().max() for gradient in one.values()) > 0.01
+
+
+def test_every_worker_is_taught(two_workers: Path) -> None:
+    taught, alone = load_file(two_workers / "taught"), load_file(two_workers / "frozen-1")
+    assert any((taught[name] - gradient).abs().max() > 0.01 for name, gradient in alone.items())
 
 
 def test_two_workers_have_the_gradients_of_one_that_accumulates_two_parts(tmp_path: Path, two_workers: Path) -> None:
