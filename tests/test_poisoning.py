@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks import poisoning, poisoning_report
-from benchmarks.poisoning import Cell, locked
 from benchmarks.poisoning_arms import ARMS, Size, caught, judge
+from benchmarks.poisoning_study import Cell, Study, locked
 from benchmarks.poisons import POISONS, TARGET, Poison, Poisoned, apply, patched, subset, triggered
 from model.architecture import Architecture
 from model.mixture import Mixture
@@ -239,7 +239,7 @@ def test_a_stopped_run_goes_on_inside_its_cell(
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", watched)
-    monkeypatch.setattr(poisoning.Study, "plan", lambda *_: "")  # it takes steps, too
+    monkeypatch.setattr(Study, "plan", lambda *_: "")  # it takes steps, too
     with pytest.raises(KeyboardInterrupt):
         run(file, tmp_path, monkeypatch, *chosen)
     assert not (tmp_path / "cells" / f"{Cell('mixture', 'clean-label backdoor', 0).stem}.json").exists()
@@ -275,7 +275,7 @@ def test_the_screened_mixture_says_what_each_detector_found(
 ) -> None:
     size = ("--images", "240", "--holdout", "9", "--epochs", "0.1", "--joint-epochs", "0.1", "--screen-width", "4")
     chosen = ("--arms", "mixture, screened", "--attacks", "BadNets 1 %", "--seeds", "1", *size, "--screen-epochs", "0.3")
-    monkeypatch.setattr(poisoning.Study, "plan", lambda *_: "")
+    monkeypatch.setattr(Study, "plan", lambda *_: "")
     run(file, tmp_path, monkeypatch, *chosen)
     (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert set(found["detectors"]) == set(DETECTORS)
