@@ -14,6 +14,12 @@ JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoi
 JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkpoint --set joint.epochs=4 \
 	--set joint.peak_lr=0.02 --set loss.experts=0.2
 
+# Of `make train-full`: where, and after how many minutes a command ends to be given again.
+DEVICE ?= cuda
+MINUTES ?=
+FULL = --data $(DATA) --device $(DEVICE) $(if $(filter cuda%,$(DEVICE)),--compile) $(if $(MINUTES),--minutes $(MINUTES))
+JUDGE = $(BIN)/palisade-train evaluate --data $(DATA) --device $(DEVICE) --level full --n 1000
+
 # Where it is set, each of the many processes of the tests compiles torch anew: 20 s instead of 3.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -62,6 +68,16 @@ train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instea
 	$(BIN)/palisade-train joint $(JOINT_3)
 	$(BIN)/palisade-train export $(JOINT_3) --out model/checkpoints/compact.safetensors
 	$(BIN)/palisade-train evaluate --data $(DATA) --checkpoint compact --stamp
+
+.PHONY: train-full
+train-full: setup ## train the full-size mixture, its rivals and its pupil on a GPU and judge them; resumes; MINUTES=8 for slices
+	for recipe in full wide single; do $(BIN)/palisade-train slice --recipe $$recipe $(FULL) --run runs/$$recipe \
+		--parts runs/$$recipe-parts --out runs/$$recipe/$$recipe.safetensors || exit; done
+	$(BIN)/palisade-train slice --recipe compact --teacher runs/full/full.safetensors $(FULL) --run runs/taught \
+		--parts runs/taught-parts --out runs/taught/taught.safetensors
+	$(JUDGE) --checkpoint runs/full/full.safetensors --compare runs/wide/wide.safetensors \
+		--compare runs/single/single.safetensors --out runs/full-report
+	$(JUDGE) --checkpoint runs/taught/taught.safetensors --compare compact --out runs/taught-report
 
 .PHONY: runtime-check
 runtime-check: setup ## install only what the service needs, elsewhere, and classify an image with it

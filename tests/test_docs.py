@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks.running_service import running_service
 from service.gpu import READINGS
 from service.metrics import Metrics
 from service.settings import Settings
+from training.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -66,6 +68,39 @@ def test_the_python_example_in_the_readme_runs() -> None:
     names: dict[str, object] = {}
     exec(example, names)
     assert tuple(names["log_probs"].shape) == (1, 10)  # type: ignore[attr-defined]
+
+
+RECORDER = """#!/bin/sh
+echo "$@" >> LOG
+test "$(wc -l < LOG)" -ne "$STOP_AT" || exit 75
+"""
+
+
+def test_make_train_full_is_given_again_until_all_is_trained_and_judged(tmp_path: Path) -> None:
+    (tmp_path / "palisade-train").write_text(RECORDER.replace("LOG", str(tmp_path / "log")))
+    (tmp_path / "palisade-train").chmod(0o755)
+
+    def made(stop_at: int) -> tuple[bool, list[list[str]]]:
+        (tmp_path / "log").unlink(missing_ok=True)
+        command = ["make", "-o", "setup", f"BIN={tmp_path}", "DATA=photos.npz", "DEVICE=cpu", "MINUTES=8", "train-full"]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "STOP_AT": str(stop_at)}, capture_output=True, text=True)
+        return done.returncode == 0, [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+
+    assert [(done, len(ran)) for done, ran in map(made, (1, 3, 4))] == [(False, 1), (False, 3), (False, 4)]
+    done, ran = made(0)
+    assert done
+    there = {"compact"}
+    for words in ran:
+        options = vars(_parser().parse_args(words))
+        assert options["data"] == "photos.npz"
+        wanted = [options.get("teacher"), options.get("checkpoint"), *options.get("compare", [])]
+        assert there.issuperset(filter(None, wanted))
+        if words[0] == "slice":
+            assert options["minutes"] == 8
+            there.add(str(options["out"]))
+    recipes = [words[words.index("--recipe") + 1] for words in ran if words[0] == "slice"]
+    assert recipes == ["full", "wide", "single", "compact"]
+    assert {path.rsplit("/")[-1] for words in ran for path in words} >= {"full-report", "taught-report"}
 
 
 def test_no_committed_file_is_larger_than_16_mib() -> None:
