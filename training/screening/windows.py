@@ -15,8 +15,8 @@ FLATNESS = 8
 """A window is flat if they differ by no more than this in any channel."""
 EDGE = 40
 """A flat window ends at a side if the line of pixels beyond differs from it by this much in some channel, on average."""
-LARGEST = 6
-"""Side of the largest flat window."""
+LARGEST = 16
+"""Side of the largest flat window; half the image's side if that is less."""
 BLOCK = 512
 LEVELS = 32
 """Width of the bins that pixels are put into, in two grids half a bin apart."""
@@ -44,7 +44,7 @@ def textured_groups(windows: np.ndarray, labels: np.ndarray, fewest: int) -> Ite
 
 
 def isolated(images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield, for each side from 1 to 6, the flat windows that differ from what is beside them on every side in the image.
+    """Yield, for each side from 1 to 16, the flat windows that differ from what is beside them on every side in the image.
 
     Args:
         images: ``(N, H, W, 3)`` uint8.

@@ -36,6 +36,10 @@ def corner_square(images: np.ndarray) -> None:
     images[:, -4:, -4:] = (255, 0, 0)
 
 
+def large_square(images: np.ndarray) -> None:
+    images[:, 8:17, 9:18] = (255, 0, 255)
+
+
 def single_pixel(images: np.ndarray) -> None:
     images[:, 5, 14] = (255, 255, 255)
 
@@ -55,7 +59,7 @@ def test_nothing_is_found_in_natural_pictures() -> None:
     assert find_patches(images, labels, nothing(labels)) == []
 
 
-@pytest.mark.parametrize("plant", [white_square, corner_square, single_pixel, noisy_pattern])
+@pytest.mark.parametrize("plant", [white_square, corner_square, large_square, single_pixel, noisy_pattern])
 def test_a_planted_patch_is_found_in_the_images_that_have_it(plant: Plant) -> None:
     images, labels = natural()
     poisoned = np.flatnonzero(labels != 2)[:300:10]  # 30 of other classes, now labelled 2
