@@ -35,21 +35,27 @@ def mean(rows: list[Row], arm: str, attack: str, key: str) -> float | None:
 
 
 def _draw_pictures(pictures: Pictures, path: Path) -> bool:
-    """Draw every attack's images: before in the upper row, after in the lower one."""
+    """Draw every attack's images: before in the upper row, after in the lower one, and their labels below."""
     if not pictures:
         return False
-    plt = _pyplot()
     most = max(images.shape[1] for images, _ in pictures.values())
-    figure_, panels = plt.subplots(2 * len(pictures), most, figsize=(1.3 * most, 2.9 * len(pictures)), squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for number, (name, (images, captions)) in enumerate(pictures.items()):
-        panels[2 * number][0].set_title(f"{name}: before, and below after", loc="left", fontsize=10, fontweight="bold")
+    figure_ = _pyplot().figure(figsize=(1.4 * most, 3.6 * len(pictures)))
+    for part, (name, (images, captions)) in zip(
+        np.atleast_1d(figure_.subfigures(len(pictures), 1)), pictures.items(), strict=True
+    ):
+        part.suptitle(f"{name}: before, and below after", x=0.02, ha="left", fontsize=10, fontweight="bold")
+        panels = part.subplots(2, most, squeeze=False)
+        part.subplots_adjust(left=0.02, right=0.98, bottom=0.14, top=0.88, wspace=0.06, hspace=0.06)
+        for axes in panels.flat:
+            axes.set_axis_off()
         for column, caption in enumerate(captions):
-            panels[2 * number][column].imshow(images[0, column])
-            panels[2 * number + 1][column].imshow(images[1, column])
-            panels[2 * number + 1][column].set_title(caption, fontsize=7)
-    return _saved(figure_, path)
+            for row in range(2):
+                panels[row][column].imshow(images[row, column], interpolation="nearest")
+            below = {"ha": "center", "va": "top", "fontsize": 8, "transform": panels[1][column].transAxes}
+            panels[1][column].text(0.5, -0.04, caption.replace(", ", ",\n"), **below)
+    figure_.savefig(path, dpi=110)
+    _pyplot().close(figure_)
+    return True
 
 
 def _draw_flips(rows: list[Row], path: Path) -> bool:

@@ -26,6 +26,17 @@ STORIES = {
     "changes of at most 16 levels of 255, and get the patch. Their labels stay right, so no reviewer of labels finds them.",
 }
 """By a poison's kind, for a reader who has not seen the code."""
+WAYS = {
+    "plain network": "One ResNet-18, trained on the images as they are.",
+    "adversarially trained network": "The same, trained on images that are perturbed to be misclassified (N-FGSM).",
+    "mixture": "Nine such experts, and a gate that weighs them, trained together on all images: what Palisade serves.",
+    "mixture, screened": "The same, after screening has set suspicious images aside; as many steps of training.",
+    "partitions, vote": "Nine experts, each on its own ninth of the images; they vote, and no image can reach many of them.",
+    "mixture, bags of a half": "The mixture, whose experts each see a random half of the images before joint training.",
+    "mixture, a fifth trimmed": "The mixture, of which the fifth of every batch that fits worst teaches nothing.",
+    "mixture, mixup": "The mixture, trained on blends of two images and of their labels.",
+}
+"""By an arm's name, for a reader who has not seen the code."""
 GLOSSARY = (
     ("right", "share of test images that are classified rightly, %"),
     ("lost to the attack", "how many points fewer than the same arm, unscreened, with the same seed on clean data"),
@@ -85,7 +96,7 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
                 f"All networks are small (width {size['width']}) and trained briefly, so that all of it can be repeated on a "
                 "desk; what counts are the differences."
             ),
-            paragraph("An arm is a way to train: " + "; ".join(arm.name for arm in ARMS) + "."),
+            table("An arm is a way to train", ("arm", "what it is"), [(arm.name, WAYS[arm.name]) for arm in ARMS], "prose"),
         ),
         section("What it shows", *[paragraph(verdict) for verdict in verdicts(rows)]),
         section("The poisons", figure(plots, "pictures", "training images before and after each attack")),
@@ -119,18 +130,36 @@ def verdicts(rows: list[Row]) -> list[str]:
     if clean is not None and flipped is not None:
         said.append(
             f"With a fifth of the labels flipped at random, the screened mixture has {100 * flipped:.1f} % of the test images "
-            f"right; the mixture on clean data {100 * clean:.1f} %: it loses {100 * (clean - flipped):.1f} points."
+            f"right; the mixture on clean data {100 * clean:.1f} %: it loses {100 * (clean - flipped):.1f} points "
+            "(aim: at most 2)."
         )
     share, price = (mean(rows, "mixture, screened", "flips 20 %", key) for key in ("caught", "clean_quarantined"))
     if share is not None and price is not None:
         said.append(
-            f"Screening caught {100 * share:.1f} % of those flips and put {100 * price:.1f} % of the clean images aside."
+            f"Screening caught {100 * share:.1f} % of those flips (aim: at least 85) and put {100 * price:.1f} % of the clean "
+            "images aside (aim: at most 5)."
         )
+    aims = {"BadNets 1 %": " Aim: above 80 % in the mixture, or the attack is too weak to count, and below 10 % once screened."}
     for attack in ("BadNets 1 %", "clean-label backdoor"):
         found = [(arm.name, mean(rows, arm.name, attack, "backdoor")) for arm in ARMS]
         known = [f"{name} {100 * value:.1f} %" for name, value in found if value is not None]
         if known:
-            said.append(f"{attack}: the patch decides in: {'; '.join(known)}.")
+            said.append(f"{attack}: the patch decides in: {'; '.join(known)}.{aims.get(attack, '')}")
+    plain, adversarial = (
+        mean(rows, arm, "clean-label backdoor", "backdoor") for arm in ("plain network", "adversarially trained network")
+    )
+    if plain is not None and adversarial is not None:
+        said.append(
+            "It is known that adversarial training can make clean-label backdoors succeed more often; here it "
+            + ("does." if adversarial > plain else "does not.")
+        )
+    certified = [row["certified"] for row in rows if row["attack"] == "clean" and row.get("certified")]
+    if certified:
+        shares = ", ".join(f"{100 * statistics.mean(each):.1f}" for each in zip(*certified, strict=True))
+        said.append(
+            f"Nine experts on a ninth of the clean data each have {shares} % right for certain with 0, 1, 2, ... of the nine "
+            "parts changed in any way."
+        )
     return said or ["Nothing has been measured yet."]
 
 

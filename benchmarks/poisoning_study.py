@@ -141,9 +141,9 @@ class Study:
         return Poisoned(with_training(self.dataset, images, self.dataset.train.labels.numpy()), touched)
 
     def pictures(self, count: int = 6) -> dict[str, tuple[np.ndarray, list[str]]]:
-        """Return some images of each poison, before and after, `(2, K, H, W, 3)`, and captions; none that is not made yet."""
+        """Return some images of each kind of poison, before and after, `(2, K, H, W, 3)`, and captions; none not made yet."""
         found, names = {}, self.dataset.label_names
-        for poison in POISONS:
+        for poison in {poison.kind: poison for poison in reversed(POISONS)}.values():
             if poison.kind == "none" or (poison.kind == "clean label" and not (self.out / "poisons" / "0.npz").exists()):
                 continue
             poisoned = self.poisoned(poison, 0)

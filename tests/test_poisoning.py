@@ -326,5 +326,11 @@ def test_the_table_pairs_what_is_lost_by_seed() -> None:
     assert any(line.startswith(badnets) for line in lines)
     said = " ".join(poisoning_report.verdicts(rows))
     assert "screened mixture has 61.0 % of the test images right; the mixture on clean data 62.0 %: it loses 1.0 points" in said
-    assert "caught 87.5 % of those flips and put 4.0 % of the clean images aside" in said
+    assert "caught 87.5 % of those flips (aim: at least 85) and put 4.0 % of the clean images aside" in said
+    label = [row(arm, "clean-label backdoor", backdoor=0.1) for arm in ("plain network", "adversarially trained network")]
+    assert "here it does not" in " ".join(poisoning_report.verdicts(label))
+    label[1]["backdoor"] = 0.3
+    assert "here it does." in " ".join(poisoning_report.verdicts(label))
+    votes = row("partitions, vote", "clean", certified=[0.5, 0.25, 0.0])
+    assert "have 50.0, 25.0, 0.0 % right for certain" in " ".join(poisoning_report.verdicts([votes]))
     assert poisoning_report.verdicts([]) == ["Nothing has been measured yet."]
