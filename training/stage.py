@@ -27,7 +27,9 @@ SAVE_EVERY = 100
 TRIM_FROM = 0.3
 """Share of the steps after which losses are trimmed: before, a high loss says more about the network than about the sample."""
 COLLAPSE = 0.6
-"""An epoch whose held-out robust accuracy is below this share of the best so far counts as collapsed."""
+"""A held-out robust accuracy below this share of the best so far counts as a collapse."""
+JUDGEMENTS = 4
+"""A stage of fewer epochs is judged so many times instead, or a collapse would have nothing to be rolled back to."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def _run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> 
                 _log(stage, folder, step, loss, terms, trainer.rate(step))
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             done = step + 1
-            if done % trainer.steps_per_epoch == 0 or done == steps:
-                _end_epoch(stage, progress, folder, done, worker)
+            if trainer.judged(done):
+                _judge(stage, progress, folder, done, worker)
             reason = worker.agreed(worker.stop.reason) if done < steps else None
             if done < steps and worker.first and (reason or done % SAVE_EVERY == 0):
                 progress.save(folder, done)
@@ -152,6 +154,10 @@ class Trainer:
         """Return the learning rate of a step."""
         return learning_rate(self._schedule, step, self.steps)
 
+    def judged(self, done: int) -> bool:
+        """Tell whether to judge after so many steps."""
+        return done % min(self.steps_per_epoch, math.ceil(self.steps / JUDGEMENTS)) == 0 or done == self.steps
+
     def step(self, step: int) -> tuple[torch.Tensor, Terms]:
         """Take one step and return the loss and its terms, of this worker's last part of the batch."""
         images, targets = self._batch(step)
@@ -172,7 +178,7 @@ class Trainer:
     def _looks(self, step: int) -> bool:
         """Tell whether to look at a step's loss: always, but on a GPU, which would wait, only before something is kept."""
         done = step + 1
-        kept = done % SAVE_EVERY == 0 or done % self.steps_per_epoch == 0 or done == self.steps
+        kept = done % SAVE_EVERY == 0 or self.judged(done)
         return self._worker.device.type == "cpu" or step % LOG_EVERY == 0 or kept
 
     def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +240,7 @@ def _log(stage: Stage, folder: RunFolder, step: int, loss: torch.Tensor, terms: 
     folder.log(stage.name, step, loss=loss.item(), lr=rate, **values)
 
 
-def _end_epoch(stage: Stage, progress: Progress, folder: RunFolder, step: int, worker: Worker) -> None:
+def _judge(stage: Stage, progress: Progress, folder: RunFolder, step: int, worker: Worker) -> None:
     figures = worker.agreed(stage.task.judge(progress.averaged.eval()) if worker.first else {})
     robust = figures.get("robust")
     collapsed = robust is not None and progress.judge(robust, COLLAPSE)

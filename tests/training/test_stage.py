@@ -28,7 +28,7 @@ from training.worker import Stop, StopRequested, Worker
 CPU = torch.device("cpu")
 WORKER = Worker(CPU)
 STEPS = 12
-SCHEDULE = Schedule(epochs=3, batch_size=8)
+SCHEDULE = Schedule(epochs=4, batch_size=8)
 """Four steps per epoch of 32 images."""
 
 
@@ -190,23 +190,29 @@ def test_progress_is_logged_with_the_held_out_figures(unbroken: tuple[nn.Module,
     assert rows[0]["step"] == 0
     assert {"loss", "lr", "images"} <= rows[0].keys()
     judged = [row for row in rows if "holdout_clean" in row]
-    assert [row["step"] for row in judged] == [4, 8, 12]
-    assert [row["holdout_robust"] for row in judged] == [0.5] * 3
+    assert [row["step"] for row in judged] == [4, 8, 12, 16]
+    assert [row["holdout_robust"] for row in judged] == [0.5] * 4
 
 
 def test_a_collapse_is_rolled_back_to_the_best_weights_and_logged(data: tuple[Split, Split], tmp_path: Path) -> None:
     folder, seen = RunFolder(tmp_path), list[dict[str, torch.Tensor]]()
-    stage = make_stage(data[1], replace(SCHEDULE, epochs=2))
-    result = run_stage(judged_by(stage, scripted([0.9, 0.1], seen)), data[0], folder, WORKER)
-    assert not same(seen[1], seen[0])
-    assert same(result.state_dict(), rounded(seen[0]))
-    assert same(stage.task.network.state_dict(), seen[0])
+    stage = make_stage(data[1])
+    result = run_stage(judged_by(stage, scripted([0.3, 0.5, 0.9, 0.1], seen)), data[0], folder, WORKER)
+    assert not same(seen[3], seen[2])
+    assert same(result.state_dict(), rounded(seen[2]))
+    assert same(stage.task.network.state_dict(), seen[2])
     (event,) = [row for row in folder.metrics() if "event" in row]
-    assert (event["event"], event["step"], event["robust"], event["best_robust"]) == ("rollback", 8, 0.1, 0.9)
+    assert (event["event"], event["step"], event["robust"], event["best_robust"]) == ("rollback", 16, 0.1, 0.9)
+
+
+def test_a_collapse_within_the_only_epoch_is_rolled_back_too(data: tuple[Split, Split], tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    stage = judged_by(make_stage(data[1], replace(SCHEDULE, epochs=1)), scripted([0.3, 0.5, 0.9, 0.1], seen))
+    assert same(run_stage(stage, data[0], RunFolder(tmp_path), WORKER).state_dict(), rounded(seen[2]))
 
 
 def test_a_collapse_leaves_no_momentum_towards_it(data: tuple[Split, Split], tmp_path: Path) -> None:
-    stage = judged_by(make_stage(data[1]), scripted([0.9, 0.1, 0.9], []))
+    stage = judged_by(make_stage(data[1]), scripted([0.9, 0.1, 0.9, 0.9], []))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.stage, "SAVE_EVERY", 8)  # the end of the epoch that collapsed
         with pytest.raises(KeyboardInterrupt):
@@ -219,30 +225,28 @@ def test_a_collapse_leaves_no_momentum_towards_it(data: tuple[Split, Split], tmp
 
 def test_training_goes_on_from_the_best_weights_after_a_collapse(data: tuple[Split, Split], tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    stage = judged_by(make_stage(data[1]), scripted([0.9, 0.1, 0.95], seen))
+    stage = judged_by(make_stage(data[1]), scripted([0.9, 0.1, 0.8, 0.95], seen))
     result = run_stage(stage, data[0], RunFolder(tmp_path), WORKER)
-    assert len(seen) == 3
-    assert same(result.state_dict(), rounded(seen[2]))
-    assert not same(seen[2], seen[0])
+    assert len(seen) == 4
+    assert same(result.state_dict(), rounded(seen[3]))
+    assert not same(seen[3], seen[0])
 
 
 def test_a_run_killed_after_a_best_epoch_still_rolls_back_to_it(data: tuple[Split, Split], tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    judge = scripted([0.9, 0.1], seen)
-    stage = judged_by(make_stage(data[1], replace(SCHEDULE, epochs=2)), judge)
+    judge = scripted([0.5, 0.6, 0.9, 0.1], seen)
+    stage = judged_by(make_stage(data[1]), judge)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(killed_at(stage, 7), data[0], RunFolder(tmp_path), WORKER)
-    fresh = make_stage(data[1], replace(SCHEDULE, epochs=2))
-    result = run_stage(judged_by(fresh, judge), data[0], RunFolder(tmp_path), WORKER)
-    assert len(seen) == 2
-    assert same(result.state_dict(), rounded(seen[0]))
+        run_stage(killed_at(stage, 15), data[0], RunFolder(tmp_path), WORKER)
+    result = run_stage(judged_by(make_stage(data[1]), judge), data[0], RunFolder(tmp_path), WORKER)
+    assert len(seen) == 4
+    assert same(result.state_dict(), rounded(seen[2]))
 
 
 def test_a_small_dip_is_no_collapse(data: tuple[Split, Split], tmp_path: Path) -> None:
     folder, seen = RunFolder(tmp_path), list[dict[str, torch.Tensor]]()
-    stage = make_stage(data[1], replace(SCHEDULE, epochs=2))
-    result = run_stage(judged_by(stage, scripted([0.9, 0.7], seen)), data[0], folder, WORKER)
-    assert same(result.state_dict(), rounded(seen[1]))
+    result = run_stage(judged_by(make_stage(data[1]), scripted([0.9, 0.8, 0.9, 0.7], seen)), data[0], folder, WORKER)
+    assert same(result.state_dict(), rounded(seen[3]))
     assert not [row for row in folder.metrics() if "event" in row]
 
 
@@ -343,7 +347,7 @@ def test_too_few_images_for_one_batch_are_refused(data: tuple[Split, Split], tmp
 def test_a_fraction_of_an_epoch_is_judged_once_at_its_end(data: tuple[Split, Split], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     run_stage(make_stage(data[1], replace(SCHEDULE, epochs=0.5)), data[0], folder, WORKER)
-    assert [row["step"] for row in folder.metrics() if "holdout_clean" in row] == [2]
+    assert [row["step"] for row in folder.metrics() if "holdout_clean" in row] == [1, 2]
 
 
 def test_without_averaging_the_result_is_the_trained_network(data: tuple[Split, Split], tmp_path: Path) -> None:
