@@ -94,19 +94,11 @@ class Study:
         (poison,) = [poison for poison in POISONS if poison.name == cell.attack]
         poisoned, folder = self.poisoned(poison, cell.seed), self._folder(cell.stem)
         found: dict[str, Any] = {}
-        resumed, began = folder.exists(), time.process_time()
+        resumed, began = folder.exists() or self._quarantine(cell).exists(), time.process_time()
         dataset = poisoned.dataset
         if arm.screened:
-            settings = self.size.screening(cell.seed)
-            screening = poisoning_defences.screened(dataset, folder / "screening", settings, self.worker)
-            flagged = {name: caught(poisoned.touched, screening.flagged(name)) for name in screening.scores}
-            found = {
-                **caught(poisoned.touched, screening.quarantined),
-                "detectors": flagged,
-                "wrong_labels": screening.wrong_labels,
-                "screeners": poisoning_defences.told(settings),
-            }
-            dataset = dataset.without(torch.from_numpy(np.flatnonzero(screening.quarantined)))
+            quarantined, found = self._screened(cell, poisoned)
+            dataset = dataset.without(torch.from_numpy(np.flatnonzero(quarantined)))
         screened_s, began = time.process_time() - began, time.process_time()
         network = train(arm, self.size, dataset, folder / "training", cell.seed, self.worker)
         training, experts = time.process_time() - began, self.size.recipe(arm, dataset).architecture.num_experts
@@ -122,6 +114,29 @@ class Study:
             "threads": torch.get_num_threads(),
         }
 
+    def _screened(self, cell: Cell, poisoned: Poisoned) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return which samples are put into quarantine, and what is recorded of it; both are kept for later runs."""
+        kept, settings = self._quarantine(cell), self.size.screening(cell.seed)
+        told = poisoning_defences.told(settings)
+        if not kept.exists():
+            folder = self._folder(cell.stem) / "screening"
+            screening = poisoning_defences.screened(poisoned.dataset, folder, settings, self.worker)
+            found = {
+                **caught(poisoned.touched, screening.quarantined),
+                "detectors": {name: caught(poisoned.touched, screening.flagged(name)) for name in screening.scores},
+                "wrong_labels": screening.wrong_labels,
+                "screeners": told,
+            }
+            save(kept, quarantined=screening.quarantined, found=np.array(json.dumps(found)))
+        with np.load(kept, allow_pickle=False) as file:
+            quarantined, found = file["quarantined"], json.loads(str(file["found"]))
+        if found["screeners"] != told:
+            raise SystemExit(f"{kept} is of a screening with other settings ({found['screeners']}): remove it, or use --out")
+        return quarantined, found
+
+    def _quarantine(self, cell: Cell) -> Path:
+        return self.out / "screenings" / f"{cell.stem}.npz"
+
     def poisoned(self, poison: Poison, seed: int) -> Poisoned:
         """Return the poisoned data; what a clean-label backdoor made of its images is kept, since a network went into it."""
         if poison.kind != "clean label":
@@ -131,10 +146,7 @@ class Study:
             if not kept.exists():
                 made = apply(poison, self.dataset, seed, self._proxy())
                 images = made.dataset.train.images.permute(0, 2, 3, 1)[torch.from_numpy(made.touched)].numpy()
-                kept.parent.mkdir(exist_ok=True)
-                with kept.with_suffix(".partial").open("wb") as file:
-                    np.savez(file, allow_pickle=False, images=images, touched=made.touched)
-                os.replace(kept.with_suffix(".partial"), kept)
+                save(kept, images=images, touched=made.touched)
         with np.load(kept, allow_pickle=False) as file:
             images, touched = self.dataset.train.images.permute(0, 2, 3, 1).numpy().copy(), file["touched"]
             images[touched] = file["images"]
@@ -206,4 +218,12 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file in one step."""
     path.with_suffix(".partial").write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as an `.npz` file in one step, and its folder if there is none."""
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".partial").open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(path.with_suffix(".partial"), path)

@@ -282,6 +282,15 @@ def test_the_screened_mixture_says_what_each_detector_found(
     assert found["caught"] >= max(each["caught"] for each in found["detectors"].values())
     assert found["clean_quarantined"] <= sum(each["clean_quarantined"] for each in found["detectors"].values()) + 1e-9
     assert "What found the poison" in (tmp_path / "report.html").read_text()
+    (record,) = (tmp_path / "cells").glob("*.json")
+    record.unlink()
+    monkeypatch.setattr("benchmarks.poisoning_defences.screened", None)  # the cell is trained again, not screened
+    run(file, tmp_path, monkeypatch, *chosen)
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [{**each, "minutes": None} for each in again] == [{**found, "minutes": None}]
+    record.unlink()
+    with pytest.raises(SystemExit, match="is of a screening with other settings"):
+        run(file, tmp_path, monkeypatch, *chosen, "--screen-folds", "4")
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(
