@@ -14,6 +14,9 @@ from training.optimiser import Optimiser
 from training.recipe import Schedule
 from training.run_folder import RunFolder
 
+COLLAPSE = 0.6
+"""A held-out robust accuracy below this share of the best so far is a collapse, unless chance explains the difference."""
+
 
 class Progress:
     """All that a stage changes, saved and restored exactly.
@@ -52,9 +55,15 @@ class Progress:
                 value.copy_(current[name])
         torch._foreach_lerp_(floating, towards, 1 - decay)
 
-    def judge(self, robust: float, collapse: float) -> bool:
-        """Keep the averaged weights if they are the best so far; roll back and return ``True`` if robustness collapsed."""
-        if robust < collapse * self.best_robust:
+    def judge(self, robust: float, images: int) -> bool:
+        """Keep the averaged weights if they are the best so far; roll back and return ``True`` if robustness collapsed.
+
+        Args:
+            robust: Robust accuracy, in ``[0, 1]``.
+            images: On so many images.
+        """
+        chance = 2 * math.sqrt(sum(share * (1 - share) for share in (robust, self.best_robust)) / images)  # two standard errors
+        if robust < min(COLLAPSE * self.best_robust, self.best_robust - chance):
             self._network.load_state_dict(self._best)
             self.averaged.load_state_dict(self._best)
             for momentum in self.optimiser.state().values():  # it points to where the collapse came from

@@ -172,7 +172,7 @@ class Recipe:
         gate_temperature: Divides the gate's logits in joint training; below 1 the gate sharpens faster.
         bag: Share of the training images that each expert sees before joint training, drawn for it alone; 0 means all.
         holdout: Training images that are kept aside for model selection.
-        validation_images: How many of those an epoch's end is judged on.
+        validation_images: How many of those a stage is judged on, on its way.
     """
 
     name: str

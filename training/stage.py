@@ -26,8 +26,6 @@ LOG_EVERY = 20
 SAVE_EVERY = 100
 TRIM_FROM = 0.3
 """Share of the steps after which losses are trimmed: before, a high loss says more about the network than about the sample."""
-COLLAPSE = 0.6
-"""A held-out robust accuracy below this share of the best so far counts as a collapse."""
 JUDGEMENTS = 4
 """A stage of fewer epochs is judged so many times instead, or a collapse would have nothing to be rolled back to."""
 
@@ -155,8 +153,10 @@ class Trainer:
         return learning_rate(self._schedule, step, self.steps)
 
     def judged(self, done: int) -> bool:
-        """Tell whether to judge after so many steps."""
-        return done % min(self.steps_per_epoch, math.ceil(self.steps / JUDGEMENTS)) == 0 or done == self.steps
+        """Tell whether to judge after so many steps: after each epoch and at the end, or where those are few, each quarter."""
+        if self.steps < JUDGEMENTS * self.steps_per_epoch:
+            return done * JUDGEMENTS // self.steps > (done - 1) * JUDGEMENTS // self.steps
+        return done % self.steps_per_epoch == 0 or done == self.steps
 
     def step(self, step: int) -> tuple[torch.Tensor, Terms]:
         """Take one step and return the loss and its terms, of this worker's last part of the batch."""
@@ -243,7 +243,7 @@ def _log(stage: Stage, folder: RunFolder, step: int, loss: torch.Tensor, terms: 
 def _judge(stage: Stage, progress: Progress, folder: RunFolder, step: int, worker: Worker) -> None:
     figures = worker.agreed(stage.task.judge(progress.averaged.eval()) if worker.first else {})
     robust = figures.get("robust")
-    collapsed = robust is not None and progress.judge(robust, COLLAPSE)
+    collapsed = robust is not None and progress.judge(robust, len(stage.task.holdout))
     if not worker.first or not figures:
         return
     folder.log(stage.name, step, **{f"holdout_{name}": value for name, value in figures.items()})
