@@ -17,8 +17,8 @@ JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkp
 # Of `make train-full`: where, and after how many minutes a command ends to be given again.
 DEVICE ?= cuda
 MINUTES ?=
-FULL = --data $(DATA) --device $(DEVICE) $(if $(filter cuda%,$(DEVICE)),--compile) $(if $(MINUTES),--minutes $(MINUTES))
-JUDGE = $(BIN)/palisade-train evaluate --data $(DATA) --device $(DEVICE) --level full --n 1000
+SLICE = $(BIN)/palisade-train slice --data $(DATA) --device $(DEVICE) $(if $(filter cuda%,$(DEVICE)),--compile) \
+	$(if $(MINUTES),--minutes $(MINUTES))
 
 # Where it is set, each of the many processes of the tests compiles torch anew: 20 s instead of 3.
 unexport PYTHONDONTWRITEBYTECODE
@@ -70,14 +70,20 @@ train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instea
 	$(BIN)/palisade-train evaluate --data $(DATA) --checkpoint compact --stamp
 
 .PHONY: train-full
-train-full: setup ## train the full-size mixture, its rivals and its pupil on a GPU and judge them; resumes; MINUTES=8 for slices
-	for recipe in full wide single; do $(BIN)/palisade-train slice --recipe $$recipe $(FULL) --run runs/$$recipe \
-		--parts runs/$$recipe-parts --out runs/$$recipe/$$recipe.safetensors || exit; done
-	$(BIN)/palisade-train slice --recipe compact --teacher runs/full/full.safetensors $(FULL) --run runs/taught \
-		--parts runs/taught-parts --out runs/taught/taught.safetensors
-	$(JUDGE) --checkpoint runs/full/full.safetensors --compare runs/wide/wide.safetensors \
-		--compare runs/single/single.safetensors --out runs/full-report
-	$(JUDGE) --checkpoint runs/taught/taught.safetensors --compare compact --out runs/taught-report
+train-full: setup ## train the full-size mixture, its rivals and its pupil on a GPU; resumes; MINUTES=8 for slices
+	for recipe in full wide single; do $(SLICE) --recipe $$recipe --run runs/$$recipe \
+		--parts runs/$$recipe/parts --out runs/$$recipe.safetensors || exit; done
+	$(SLICE) --recipe compact --run runs/untaught --parts runs/untaught/parts --out runs/untaught.safetensors
+	$(SLICE) --recipe compact --teacher runs/full.safetensors --run runs/taught --parts runs/taught/parts \
+		--out runs/taught.safetensors
+
+.PHONY: judge-full
+judge-full: setup ## attack all that train-full made; each report stands alone, AutoAttack resumes
+	failed=0; judge() { name=$$1; shift; $(BIN)/palisade-train evaluate --data $(DATA) --device $(DEVICE) --level full --n 1000 \
+		--checkpoint runs/$$name.safetensors --out runs/$$name/report "$$@" || failed=$$?; }; \
+	judge full --compare runs/wide.safetensors --compare runs/single.safetensors; \
+	judge taught --compare runs/untaught.safetensors; \
+	judge wide; judge single; judge untaught; exit $$failed
 
 .PHONY: runtime-check
 runtime-check: setup ## install only what the service needs, elsewhere, and classify an image with it

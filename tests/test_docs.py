@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,31 +77,39 @@ test "$(wc -l < LOG)" -ne "$STOP_AT" || exit 75
 """
 
 
-def test_make_train_full_is_given_again_until_all_is_trained_and_judged(tmp_path: Path) -> None:
-    (tmp_path / "palisade-train").write_text(RECORDER.replace("LOG", str(tmp_path / "log")))
-    (tmp_path / "palisade-train").chmod(0o755)
+def made(target: str, folder: Path, stop_at: int) -> tuple[bool, list[dict[str, Any]]]:
+    """Return whether a target of the Makefile was made, and the options that ``palisade-train`` was given, run by run."""
+    (folder / "log").unlink(missing_ok=True)
+    (folder / "palisade-train").write_text(RECORDER.replace("LOG", str(folder / "log")))
+    (folder / "palisade-train").chmod(0o755)
+    command = ["make", "-o", "setup", f"BIN={folder}", "DATA=photos.npz", "DEVICE=cpu", "MINUTES=8", target]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "STOP_AT": str(stop_at)}, capture_output=True, text=True)
+    typed = [line.split() for line in (folder / "log").read_text().splitlines()]
+    return done.returncode == 0, [vars(_parser().parse_args(words)) for words in typed]
 
-    def made(stop_at: int) -> tuple[bool, list[list[str]]]:
-        (tmp_path / "log").unlink(missing_ok=True)
-        command = ["make", "-o", "setup", f"BIN={tmp_path}", "DATA=photos.npz", "DEVICE=cpu", "MINUTES=8", "train-full"]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "STOP_AT": str(stop_at)}, capture_output=True, text=True)
-        return done.returncode == 0, [line.split() for line in (tmp_path / "log").read_text().splitlines()]
 
-    assert [(done, len(ran)) for done, ran in map(made, (1, 3, 4))] == [(False, 1), (False, 3), (False, 4)]
-    done, ran = made(0)
-    assert done
-    there = {"compact"}
-    for words in ran:
-        options = vars(_parser().parse_args(words))
-        assert options["data"] == "photos.npz"
-        wanted = [options.get("teacher"), options.get("checkpoint"), *options.get("compare", [])]
-        assert there.issuperset(filter(None, wanted))
-        if words[0] == "slice":
-            assert options["minutes"] == 8
-            there.add(str(options["out"]))
-    recipes = [words[words.index("--recipe") + 1] for words in ran if words[0] == "slice"]
-    assert recipes == ["full", "wide", "single", "compact"]
-    assert {path.rsplit("/")[-1] for words in ran for path in words} >= {"full-report", "taught-report"}
+def test_make_train_full_is_given_again_until_all_is_trained(tmp_path: Path) -> None:
+    for stop_at in (1, 3, 4):
+        finished, ran = made("train-full", tmp_path, stop_at)
+        assert (finished, len(ran)) == (False, stop_at)
+    finished, ran = made("train-full", tmp_path, 0)
+    assert finished
+    assert [each["recipe"] for each in ran] == ["full", "wide", "single", "compact", "compact"]
+    assert {each["minutes"] for each in ran} == {8}
+    assert [each["teacher"] for each in ran] == [None] * 4 + [str(ran[0]["out"])]
+    for name in ("run", "parts", "out"):
+        assert len({each[name] for each in ran}) == 5
+
+
+def test_make_judge_full_judges_each_even_where_one_fails(tmp_path: Path) -> None:
+    trained = {str(each["out"]) for each in made("train-full", tmp_path, 0)[1]}
+    for stop_at in (0, 1, 5):
+        finished, ran = made("judge-full", tmp_path, stop_at)
+        assert finished == (stop_at == 0)
+        assert {each["checkpoint"] for each in ran} == trained
+        assert len({each["out"] for each in ran}) == 5
+        assert {rival for each in ran for rival in each["compare"]} < trained
+        assert {each["level"] for each in ran} == {"full"}
 
 
 def test_no_committed_file_is_larger_than_16_mib() -> None:
