@@ -17,7 +17,8 @@ EDGE = 40
 """A flat window ends at a side if the line of pixels beyond differs from it by this much in some channel, on average."""
 LARGEST = 16
 """Side of the largest flat window; half the image's side if that is less."""
-BLOCK = 512
+BLOCK = 512 * 32 * 32
+"""Pixels that are looked at together."""
 LEVELS = 32
 """Width of the bins that pixels are put into, in two grids half a bin apart."""
 
@@ -54,10 +55,11 @@ def isolated(images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """
     sides = range(1, min(LARGEST, *(side // 2 for side in images.shape[1:3])) + 1)
     found: dict[int, list[np.ndarray]] = {side: [] for side in sides}
-    starts = range(0, len(images), BLOCK)
+    size = max(1, BLOCK // (images.shape[1] * images.shape[2]))
+    starts = range(0, len(images), size)
     blocks = tqdm(starts, desc="flat patches", unit="block", leave=False, disable=None, dynamic_ncols=True)
     for start in blocks:
-        block = images[start : start + BLOCK]
+        block = images[start : start + size]
         sums = np.zeros((len(block), block.shape[1] + 1, block.shape[2] + 1, 3), np.int32)
         sums[:, 1:, 1:] = block.cumsum(axis=1, dtype=np.int32).cumsum(axis=2, dtype=np.int32)
         lightest = darkest = block
