@@ -16,11 +16,11 @@ and are taken for the target (`backdoor`), and of all test images that are taken
 share of the poison and of the clean images that screening put into quarantine, by each detector and together; processor
 minutes of training and of screening.
 
-Every finished cell is a JSON file under `--out`; a run that was stopped, or killed, goes on inside the cell it was at. Several
-processes may share one `--out`: each takes cells that no other has locked. With one thread each they don't wait for one
-another, so two cores are best used by two processes. Before it starts, a process prints how long every cell should take, from a
-few measured steps; `--plan` stops there. `--report` runs nothing. Both end with `report.html`, a page with pictures,
-`table.md` and one JSON line.
+Every finished cell is a JSON file in `cells/` under `--out`, and what its screening found is kept in `screenings/`; remove both
+to have it made anew. A run that was stopped, or killed, goes on inside the cell it was at. Several processes may share one
+`--out`: each takes cells that no other has locked. With one thread each they don't wait for one another, so two cores are best
+used by two processes. Before it starts, a process prints how long every cell should take, from a few measured steps; `--plan`
+stops there. `--report` runs nothing. Both end with `report.html`, a page with pictures, `table.md` and one JSON line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from benchmarks.poisoning_study import Cell, Study
 from benchmarks.poisons import POISONS, Poison
 from training.loading import load_dataset
 from training.measure import exact_float32
-from training.run_folder import git_revision
 from training.worker import StopRequested, started
 
 MAIN_ATTACKS = ("clean", "flips 20 %", "BadNets 1 %")
@@ -93,7 +92,7 @@ def main() -> None:
             except StopRequested as stop:
                 raise SystemExit(f"stopped ({stop.reason}): the same command goes on") from stop
         poisoning_report.write(study.rows(), study.settings, study.pictures(), options.out)
-    how = {"settings": study.settings, "git_revision": git_revision(), "hardware": describe()}
+    how = {"settings": study.settings, "git_revision": study.revision, "hardware": describe()}
     print(json.dumps({"benchmark": "poisoning", **how, "rows": study.rows()}))
 
 

@@ -77,9 +77,9 @@ class Size:
         images: Training images, of which the attacker touches some.
         width: Channels of the first stage of every network, and of the gate.
         batch_size: Images per step.
-        epochs: Passes of every expert of a mixture over the training images.
-        joint_epochs: Passes of joint training.
-        single_epochs: Passes of a network that stands alone.
+        epochs: Passes of every expert of a mixture over all `images`; who sees fewer takes as many steps.
+        joint_epochs: Those of joint training.
+        single_epochs: Those of a network that stands alone.
         holdout: Training images that are kept aside; as poisoned as the others.
         attacked: Test images for PGD-10; 0 means all.
         judged: Test images for everything else; 0 means all.

@@ -29,7 +29,7 @@ STORIES = {
 WAYS = {
     "plain network": "One ResNet-18, trained on the images as they are.",
     "adversarially trained network": "The same, trained on images that are perturbed to be misclassified (N-FGSM).",
-    "mixture": "Nine such experts, and a gate that weighs them, trained together on all images: what Palisade serves.",
+    "mixture": "Nine experts, eight of them trained so, then with a gate that weighs them, together: what Palisade serves.",
     "mixture, screened": "The same, after screening has set suspicious images aside; as many steps of training.",
     "partitions, vote": "Nine experts, each on its own ninth of the images; they vote, and no image can reach many of them.",
     "mixture, bags of a half": "The mixture, whose experts each see a random half of the images before joint training.",
@@ -48,7 +48,7 @@ GLOSSARY = (
     ),
     ("poison caught", "share of the touched training images that screening put into quarantine"),
     ("clean images quarantined", "share of the untouched ones that it put there as well"),
-    ("minutes", "of one processor"),
+    ("minutes", "of one processor; - where a stopped run went on, and nobody knows"),
 )
 
 
@@ -79,7 +79,8 @@ def _check_screeners(rows: list[Row]) -> None:
     for way in ways[1:]:
         if way != ways[0]:
             raise SystemExit(
-                f"cells were screened with {way} and with {ways[0]}: remove the older ones from cells/, or use --out"
+                f"cells were screened with {way} and with {ways[0]}: remove the older ones from cells/ and screenings/, or use "
+                "another --out"
             )
 
 
@@ -99,7 +100,7 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
             table("An arm is a way to train", ("arm", "what it is"), [(arm.name, WAYS[arm.name]) for arm in ARMS], "prose"),
         ),
         section("What it shows", *[paragraph(verdict) for verdict in verdicts(rows)]),
-        section("The poisons", figure(plots, "pictures", "training images before and after each attack")),
+        section("The poisons", figure(plots, "pictures", "training images before and after each kind of attack")),
         *[_section(poison, rows) for poison in POISONS],
         _detectors(rows),
         section("Flipped labels and accuracy", figure(plots, "flips", "accuracy against the share of flipped labels"))
@@ -160,6 +161,9 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"Nine experts on a ninth of the clean data each have {shares} % right for certain with 0, 1, 2, ... of the nine "
             "parts changed in any way."
         )
+    collapsed = [f"{row['arm']}, {row['attack']}, seed {row['seed']}" for row in rows if row.get("rolled_back")]
+    if collapsed:
+        said.append(f"A stage of training collapsed, and was rolled back to its best weights, in: {'; '.join(collapsed)}.")
     return said or ["Nothing has been measured yet."]
 
 
@@ -215,7 +219,7 @@ def _lines(poison: Poison, rows: list[Row]) -> list[list[str]]:
         cells.append(_percent([row[success] for row in own]) if success else "-")
         cells += [_percent([row[key] for row in own if row.get(key) is not None]) for key in ("caught", "clean_quarantined")]
         for key in ("training", "screening"):
-            times = [row["minutes"][key] for row in own if row["minutes"][key] is not None and not row["minutes"]["resumed"]]
+            times = [row["minutes"][key] for row in own if row["minutes"][key] is not None]
             cells.append(f"{statistics.mean(times):.1f}" if times else "-")
         lines.append([arm.name, str(len(own)), *cells])
     return lines

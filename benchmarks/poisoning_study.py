@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from benchmarks.poisons import POISONS, Poison, Poisoned, apply, subset, with_tr
 from training.data import Dataset
 from training.plan import costs
 from training.pretrain import Alone
-from training.run_folder import git_revision
+from training.run_folder import RunFolder, git_revision
 from training.worker import Worker
 
 ATTACKER = 1000
@@ -62,6 +63,7 @@ class Study:
     def __init__(self, out: Path, dataset: Dataset, size: Size, worker: Worker) -> None:
         self.out, self.size, self.worker = out, size, worker
         self.dataset = subset(dataset, size.images)
+        self.revision = git_revision()  # of what was loaded, whatever is committed while it runs
         # Cells without screening don't depend on how it is done, so screened cells say that themselves.
         shared = {name: value for name, value in asdict(size).items() if not name.startswith("screen_")}
         self.settings = {"size": shared, "training_sha256": self.dataset.digest, "test_sha256": dataset.test_digest}
@@ -84,7 +86,7 @@ class Study:
         with locked(record.with_suffix(".lock")) as ours:
             if not ours or record.exists():
                 return None
-            row = {**asdict(cell), **self._figures(cell), "git_revision": git_revision()}
+            row = {**asdict(cell), **self._figures(cell), "git_revision": self.revision}
             write(record, row)
             shutil.rmtree(self._folder(cell.stem))
         return row
@@ -92,50 +94,50 @@ class Study:
     def _figures(self, cell: Cell) -> dict[str, Any]:
         (arm,) = [arm for arm in ARMS if arm.name == cell.arm]
         (poison,) = [poison for poison in POISONS if poison.name == cell.attack]
-        poisoned, folder = self.poisoned(poison, cell.seed), self._folder(cell.stem)
-        found: dict[str, Any] = {}
-        resumed, began = folder.exists() or self._quarantine(cell).exists(), time.process_time()
+        poisoned, found, screening_minutes = self.poisoned(poison, cell.seed), {}, None
         dataset = poisoned.dataset
         if arm.screened:
             quarantined, found = self._screened(cell, poisoned)
+            screening_minutes = found["screening"]["minutes"]
             dataset = dataset.without(torch.from_numpy(np.flatnonzero(quarantined)))
-        screened_s, began = time.process_time() - began, time.process_time()
-        network = train(arm, self.size, dataset, folder / "training", cell.seed, self.worker)
-        training, experts = time.process_time() - began, self.size.recipe(arm, dataset).architecture.num_experts
+        folder = self._folder(cell.stem) / "training"
+        resumed, began = folder.exists(), time.process_time()
+        network = train(arm, self.size, dataset, folder, cell.seed, self.worker)
+        minutes = {"training": _minutes_since(began, resumed), "screening": screening_minutes}
         if arm.kind == "partition":
+            experts = self.size.recipe(arm, dataset).architecture.num_experts
             found["certified"] = poisoning_defences.certified(network, experts, dataset.test, self.worker.device)
-        judged = judge(network, dataset.test, self.size, self.worker.device)
-        minutes = {"training": training / 60, "screening": screened_s / 60 if arm.screened else None, "resumed": resumed}
         return {
-            **judged,
+            **judge(network, dataset.test, self.size, self.worker.device),
             **found,
             "poisoned": int(poisoned.touched.sum()),
+            "rolled_back": sorted({row["stage"] for row in RunFolder(folder).metrics() if row.get("event") == "rollback"}),
             "minutes": minutes,
             "threads": torch.get_num_threads(),
         }
 
     def _screened(self, cell: Cell, poisoned: Poisoned) -> tuple[np.ndarray, dict[str, Any]]:
         """Return which samples are put into quarantine, and what is recorded of it; both are kept for later runs."""
-        kept, settings = self._quarantine(cell), self.size.screening(cell.seed)
-        told = poisoning_defences.told(settings)
+        kept, settings = self.out / "screenings" / f"{cell.stem}.npz", self.size.screening(cell.seed)
+        told, data = poisoning_defences.told(settings), poisoned.dataset.digest
         if not kept.exists():
             folder = self._folder(cell.stem) / "screening"
+            resumed, began = folder.exists(), time.process_time()
             screening = poisoning_defences.screened(poisoned.dataset, folder, settings, self.worker)
+            how = {"data_sha256": data, "git_revision": self.revision, "minutes": _minutes_since(began, resumed)}
             found = {
                 **caught(poisoned.touched, screening.quarantined),
                 "detectors": {name: caught(poisoned.touched, screening.flagged(name)) for name in screening.scores},
                 "wrong_labels": screening.wrong_labels,
                 "screeners": told,
+                "screening": how,
             }
             save(kept, quarantined=screening.quarantined, found=np.array(json.dumps(found)))
         with np.load(kept, allow_pickle=False) as file:
             quarantined, found = file["quarantined"], json.loads(str(file["found"]))
-        if found["screeners"] != told:
-            raise SystemExit(f"{kept} is of a screening with other settings ({found['screeners']}): remove it, or use --out")
+        if found["screeners"] != told or found["screening"]["data_sha256"] != data:
+            raise SystemExit(f"{kept} is of a screening of other data or with other settings: remove it, or use another --out")
         return quarantined, found
-
-    def _quarantine(self, cell: Cell) -> Path:
-        return self.out / "screenings" / f"{cell.stem}.npz"
 
     def poisoned(self, poison: Poison, seed: int) -> Poisoned:
         """Return the poisoned data; what a clean-label backdoor made of its images is kept, since a network went into it."""
@@ -193,14 +195,21 @@ class Study:
 
     def _minutes(self, name: str) -> float | None:
         """Return what cells of an arm took, or should take from a few measured steps; ``None`` if neither can be known."""
-        done = [row["minutes"] for row in self.rows() if row["arm"] == name and not row["minutes"]["resumed"]]
-        if done:
-            return sum(each["training"] + (each["screening"] or 0) for each in done) / len(done)
         (arm,) = [arm for arm in ARMS if arm.name == name]
+        of_arm = [row["minutes"] for row in self.rows() if row["arm"] == name]
+        parts = ("training", "screening") if arm.screened else ("training",)
+        known = [[each[part] for each in of_arm if each[part] is not None] for part in parts]
+        if all(known):
+            return sum(statistics.mean(minutes) for minutes in known)
         if arm.screened:
             return None
         scratch = self._folder("plan")
         return sum(cost.minutes for cost in costs(stages(arm, self.size, self.dataset, scratch, self.worker), self.worker))
+
+
+def _minutes_since(began: float, resumed: bool) -> float | None:
+    """Return the processor's minutes since `began`; `None` if something was done before, in a process that is gone."""
+    return None if resumed else (time.process_time() - began) / 60
 
 
 @contextmanager
