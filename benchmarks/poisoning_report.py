@@ -28,8 +28,8 @@ STORIES = {
 """By a poison's kind, for a reader who has not seen the code."""
 WAYS = {
     "plain network": "One ResNet-18, trained on the images as they are.",
-    "adversarially trained network": "The same, trained on images that are perturbed to be misclassified (N-FGSM).",
-    "mixture": "Nine experts, eight of them trained so, then with a gate that weighs them, together: what Palisade serves.",
+    "adversarially trained network": "The same, trained on images that are perturbed to be misclassified (PGD).",
+    "mixture": "Nine experts, eight of them trained so (N-FGSM, PGD), then with a gate that weighs them: what Palisade serves.",
     "mixture, screened": "The same, after screening has set suspicious images aside; as many steps of training.",
     "partitions, vote": "Nine experts, each on its own ninth of the images; they vote, and no image can reach many of them.",
     "mixture, bags of a half": "The mixture, whose experts each see a random half of the images before joint training.",

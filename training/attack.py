@@ -68,6 +68,14 @@ class Attack:
         """Return PGD with a random start inside the ball."""
         return cls(epsilon, steps, step_size, noise=epsilon, objective=objective, restarts=restarts)
 
+    def iterated(self) -> Attack:
+        """Return the attack itself if it takes several steps, else PGD of two steps in the same ball.
+
+        What a network that overfitted to one step has learnt to hide from (catastrophic overfitting, Wong et al. 2020), two
+        find; after Li et al. 2020, "Towards understanding fast adversarial training".
+        """
+        return self if self.steps > 1 else Attack.pgd(self.epsilon, 2, 0.625 * self.epsilon)
+
 
 def perturb(
     log_probs: LogProbs,

@@ -52,10 +52,9 @@ class JointTask(Task):
         self, images: torch.Tensor, targets: torch.Tensor, choices: torch.Generator, noise: torch.Generator
     ) -> torch.Tensor:
         """Return the images after an attack through gate and experts."""
+        attack = self.drawn(self.recipe.draw_joint(choices))
         with self.attacking():
-            return perturb(
-                lambda x: self.mix(*self.mixture.components(x)), images, targets, self.recipe.draw_joint(choices), noise
-            )
+            return perturb(lambda x: self.mix(*self.mixture.components(x)), images, targets, attack, noise)
 
     def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
         """Return the joint loss, its terms and the gate's mean weights ``(E,)`` under attack."""

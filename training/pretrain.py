@@ -70,7 +70,7 @@ class ExpertTask(Task):
             if self.own.loss == "trades":
                 with torch.no_grad():  # cross-entropy against p(x) and KL(p(x) || p(x')) have the same gradient
                     targets = self.network(images).exp()
-            return perturb(self.network, images, targets, attack, noise)
+            return perturb(self.network, images, targets, self.drawn(attack), noise)
 
     def forward(self, attacked: torch.Tensor, clean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Terms]:
         """Return the loss."""

@@ -33,6 +33,8 @@ class Progress:
         self.optimiser = Optimiser(network, schedule)
         self.averaged: nn.Module = copy.deepcopy(network).requires_grad_(False)
         self.best_robust = 0.0
+        self.rollbacks = 0
+        """How often :meth:`judge` rolled back."""
         self._best: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -68,6 +70,7 @@ class Progress:
             self.averaged.load_state_dict(self._best)
             for momentum in self.optimiser.state().values():  # it points to where the collapse came from
                 momentum.zero_()
+            self.rollbacks += 1
             return True
         if robust >= self.best_robust:
             self.best_robust = robust
@@ -115,10 +118,11 @@ class Progress:
         device = next(self._network.parameters()).device
         self._best = {key: value.to(device) for key, value in groups["best"].items()}
         self.best_robust = counters["best_robust"] if self._best else 0.0
+        self.rollbacks = counters.get("rollbacks", 0)
         return int(counters["step"])
 
     def _counters(self, step: int) -> dict[str, Any]:
-        return {"step": step, "best_robust": self.best_robust, "settings": self._settings}
+        return {"step": step, "best_robust": self.best_robust, "rollbacks": self.rollbacks, "settings": self._settings}
 
 
 def slim(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -162,6 +162,7 @@ class Trainer:
         """Take one step and return the loss and its terms, of this worker's last part of the batch."""
         images, targets = self._batch(step)
         self._stage.task.trim = self._schedule.trim if step >= TRIM_FROM * self.steps else 0.0
+        self._stage.task.iterated = self.progress.rollbacks > 0
         self._stage.task.train()
         parts = list(self._attacked(images, targets, step))
         loss, terms = self._gradients(parts)
@@ -250,5 +251,6 @@ def _judge(stage: Stage, progress: Progress, folder: RunFolder, step: int, worke
     tqdm.write(f"{stage.name}: step {step}: held-out {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
     if robust is not None and collapsed:
         best = progress.best_robust
-        tqdm.write(f"{stage.name}: robust accuracy collapsed from {best:.3f} to {robust:.3f}: rolled back")
+        fell = f"robust accuracy collapsed from {best:.3f} to {robust:.3f}"
+        tqdm.write(f"{stage.name}: {fell}: rolled back; attacks of one step take two from now on")
         folder.log(stage.name, step, event="rollback", robust=robust, best_robust=best)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from training.attack import frozen_statistics
+from training.attack import Attack, frozen_statistics
 from training.data import Split
 from training.losses import without_highest
 from training.recipe import Schedule
@@ -37,6 +37,8 @@ class Task(nn.Module, ABC):
         self.device = device
         self.trim = 0.0
         """Share of the batch that gets no gradient; the trainer sets it for every step."""
+        self.iterated = False
+        """Whether attacks of one step are replaced by ones of two, as after a collapse; the trainer sets it for every step."""
         self.teacher: Teacher | None = None
         """Whose answers soften the targets, if anybody's."""
 
@@ -64,6 +66,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def experts(self) -> list[nn.Module]:
         """Return what ``torch.compile`` may compile."""
+
+    def drawn(self, attack: Attack) -> Attack:
+        """Return what is done in place of an attack that was drawn for a batch."""
+        return attack.iterated() if self.iterated else attack
 
     def kept(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | slice:
         """Return which samples of a batch get gradients, by answers ``(B, C)`` to it: all, or all but those trimmed."""

@@ -16,6 +16,7 @@ EPSILON = 8 / 255
 ATTACKS = {
     "FGSM": Attack.fgsm(EPSILON),
     "N-FGSM": Attack.noise_fgsm(EPSILON),
+    "N-FGSM, iterated": Attack.noise_fgsm(EPSILON).iterated(),
     "PGD": Attack.pgd(EPSILON, steps=4, step_size=2 / 255),
     "PGD with steps beyond the ball": Attack.pgd(EPSILON, steps=2, step_size=1.0),
     "margin PGD": Attack.pgd(EPSILON, steps=4, step_size=2 / 255, objective="margin"),
@@ -156,6 +157,11 @@ def test_n_fgsm_starts_with_noise_of_twice_epsilon_and_does_not_project(extreme:
     assert 1.9 * EPSILON < distance <= 2 * EPSILON + 1e-6
     assert result.min() < 0
     assert result.max() > 1
+
+
+def test_iterated_an_attack_of_one_step_takes_two_and_others_stay_as_they_are() -> None:
+    assert ATTACKS["N-FGSM, iterated"].steps == 2
+    assert ATTACKS["PGD"].iterated() == ATTACKS["PGD"]
 
 
 def test_pgd_starts_at_random_in_the_whole_ball(extreme: torch.Tensor) -> None:

@@ -123,6 +123,15 @@ def test_the_attack_follows_the_generator(network: Mixture, recipe: Recipe, imag
     assert totals[0] != other
 
 
+def test_iterated_the_joint_attack_leaves_the_ball_no_more(network: Mixture, recipe: Recipe, images: torch.Tensor) -> None:
+    task = JointTask(network, recipe, Split((images * 255).to(torch.uint8), torch.arange(len(images)) % 5), CPU).train()
+    reach = {}
+    for task.iterated in (False, True):
+        attacked = task.attack(images[:8], labels(), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+        reach[task.iterated] = (attacked - images[:8]).abs().max().item()
+    assert reach[True] <= 8 / 255 + 1e-6 < reach[False]
+
+
 def test_a_gates_temperature_changes_how_it_learns_but_not_what_it_answers(mixture: Mixture, images: torch.Tensor) -> None:
     warm = copy.deepcopy(mixture)
     warm.gate.set_temperature(0.25)

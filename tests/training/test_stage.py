@@ -222,6 +222,37 @@ def test_a_collapse_leaves_no_momentum_towards_it(data: tuple[Split, Split], tmp
     assert not any(value.any() for value in momenta)
 
 
+@pytest.mark.parametrize("killed", [None, 10], ids=["unbroken", "killed after it"])
+def test_after_a_collapse_one_step_attacks_take_two(
+    data: tuple[Split, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int | None
+) -> None:
+    steps = dict[int, int]()
+    judge = scripted([0.9, 0.1, 0.9, 0.9], [])
+    stage = judged_by(make_stage(data[1]), judge)
+    monkeypatch.setattr(Trainer, "step", counting(Trainer.step, steps))
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(killed_at(stage, killed), data[0], RunFolder(tmp_path), WORKER)
+        stage = judged_by(make_stage(data[1]), judge)
+    run_stage(stage, data[0], RunFolder(tmp_path), WORKER)
+    assert steps == {step: 1 if step < 8 else 2 for step in range(16)}
+
+
+def counting(take: Callable[[Trainer, int], Any], steps: dict[int, int]) -> Callable[[Trainer, int], Any]:
+    """Return a trainer's step that counts its attack's passes through the network: those in eval mode."""
+
+    def counted(trainer: Trainer, step: int) -> Any:
+        passes = list[bool]()
+        network = trainer._stage.task.network
+        hook = network.register_forward_hook(lambda module, *_: passes.append(module.training))
+        with hook:
+            taken = take(trainer, step)
+        steps[step] = passes.count(False)
+        return taken
+
+    return counted
+
+
 def test_training_goes_on_from_the_best_weights_after_a_collapse(data: tuple[Split, Split], tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     stage = judged_by(make_stage(data[1]), scripted([0.9, 0.1, 0.8, 0.95], seen))
