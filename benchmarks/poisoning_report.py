@@ -127,12 +127,15 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
 def verdicts(rows: list[Row]) -> list[str]:
     """Return sentences that answer the questions that the benchmark was made for, as far as there are figures."""
     said = []
-    clean, flipped = mean(rows, "mixture", "clean", "clean"), mean(rows, "mixture, screened", "flips 20 %", "clean")
-    if clean is not None and flipped is not None:
+    clean, flipped = (_by_seed(rows, *cell) for cell in (("mixture", "clean"), ("mixture, screened", "flips 20 %")))
+    both = sorted(clean.keys() & flipped.keys())
+    if both:
+        before, after = (100 * statistics.mean(cells[seed]["clean"] for seed in both) for cells in (clean, flipped))
+        lost = f"loses {before - after:.1f} points" if after < before else "loses nothing"
+        single = ", ".join(f"{100 * (clean[seed]['clean'] - flipped[seed]['clean']):.1f}" for seed in both)
         said.append(
-            f"With a fifth of the labels flipped at random, the screened mixture has {100 * flipped:.1f} % of the test images "
-            f"right; the mixture on clean data {100 * clean:.1f} %: it loses {100 * (clean - flipped):.1f} points "
-            "(aim: at most 2)."
+            f"With a fifth of the labels flipped at random, the screened mixture has {after:.1f} % of the test images right; "
+            f"the mixture on clean data {before:.1f} %: it {lost} (aim: at most 2; by seed: {single})."
         )
     share, price = (mean(rows, "mixture, screened", "flips 20 %", key) for key in ("caught", "clean_quarantined"))
     if share is not None and price is not None:
@@ -152,7 +155,8 @@ def verdicts(rows: list[Row]) -> list[str]:
     if plain is not None and adversarial is not None:
         said.append(
             "It is known that adversarial training can make clean-label backdoors succeed more often; here it "
-            + ("does." if adversarial > plain else "does not.")
+            f"{'does' if adversarial > plain else 'does not'}: {100 * adversarial:.1f} % against {100 * plain:.1f} % of a "
+            "plain network."
         )
     certified = [row["certified"] for row in rows if row["attack"] == "clean" and row.get("certified")]
     if certified:
@@ -165,6 +169,10 @@ def verdicts(rows: list[Row]) -> list[str]:
     if collapsed:
         said.append(f"A stage of training collapsed, and was rolled back to its best weights, in: {'; '.join(collapsed)}.")
     return said or ["Nothing has been measured yet."]
+
+
+def _by_seed(rows: list[Row], arm: str, attack: str) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if (row["arm"], row["attack"]) == (arm, attack)}
 
 
 def _section(poison: Poison, rows: list[Row]) -> str:
@@ -212,9 +220,9 @@ def _lines(poison: Poison, rows: list[Row]) -> list[list[str]]:
         if not own:
             continue
         without = arm.name.removesuffix(SCREENED)
-        before = {row["seed"]: row["clean"] for row in rows if (row["arm"], row["attack"]) == (without, "clean")}
+        before = _by_seed(rows, without, "clean")
         paired = [row for row in own if row["seed"] in before and (arm.screened or poison.kind != "none")]
-        lost = [before[row["seed"]] - row["clean"] for row in paired]
+        lost = [before[row["seed"]]["clean"] - row["clean"] for row in paired]
         cells = [_percent([row["clean"] for row in own]), _percent(lost), _percent([row["robust"] for row in own])]
         cells.append(_percent([row[success] for row in own]) if success else "-")
         cells += [_percent([row[key] for row in own if row.get(key) is not None]) for key in ("caught", "clean_quarantined")]

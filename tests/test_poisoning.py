@@ -336,12 +336,15 @@ def test_the_table_pairs_what_is_lost_by_seed() -> None:
     )
     assert any(line.startswith(badnets) for line in lines)
     said = " ".join(poisoning_report.verdicts(rows))
-    assert "screened mixture has 61.0 % of the test images right; the mixture on clean data 62.0 %: it loses 1.0 points" in said
+    assert "has 61.0 % of the test images right; the mixture on clean data 60.0 %: it loses nothing (aim: at most 2; by" in said
+    second = row("mixture, screened", "flips 20 %", 1, clean=0.61)
+    by_seed = "data 62.0 %: it loses 1.0 points (aim: at most 2; by seed: -1.0, 3.0)"
+    assert by_seed in poisoning_report.verdicts([*rows, second])[0]
     assert "caught 87.5 % of those flips (aim: at least 85) and put 4.0 % of the clean images aside" in said
     label = [row(arm, "clean-label backdoor", backdoor=0.1) for arm in ("plain network", "adversarially trained network")]
-    assert "here it does not" in " ".join(poisoning_report.verdicts(label))
+    assert "here it does not: 10.0 % against 10.0 % of" in " ".join(poisoning_report.verdicts(label))
     label[1]["backdoor"] = 0.3
-    assert "here it does." in " ".join(poisoning_report.verdicts(label))
+    assert "here it does: 30.0 % against 10.0 % of" in " ".join(poisoning_report.verdicts(label))
     collapsed = " ".join(poisoning_report.verdicts([row("mixture", "clean", 2, rolled_back=["expert-3"]), *label]))
     assert "was rolled back to its best weights, in: mixture, clean, seed 2." in collapsed
     votes = row("partitions, vote", "clean", certified=[0.5, 0.25, 0.0])
