@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,12 @@ def _image_files(folder: Path) -> Iterator[Path]:
         skipped = ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
         reason = f"{skipped} skipped, since only {', '.join(sorted(SUFFIXES))} are read" if files else "it is empty"
         raise ValueError(f"{folder} holds no images ({reason}): add some, or remove the folder")
-    yield from images
+    for file in images:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:  # manifests, quarantine files and headers name it, and are UTF-8
+            raise ValueError(f"{os.fsencode(file)!r}: the file's name is not UTF-8: rename it") from None
+        yield file
 
 
 def read_image(file: Path, size: int) -> np.ndarray:

@@ -107,8 +107,7 @@ class PartitionRun:
     def _told(self) -> dict[str, Any]:
         """Return what the run folder and the checkpoint say of the data."""
         data = {
-            "name": self.dataset.name,
-            "training_sha256": self.dataset.digest,
+            **self.dataset.described(),
             "held_out_training_images": self._recipe.holdout * len(self.parts),
             "partitions": len(self.parts),
             "partition_rule": RULE,

@@ -176,10 +176,11 @@ class Run:
     def _check_held_out(self, header: Header, who: str) -> None:
         """Refuse who may have seen images that this run is judged on: of the same data, but with others held out."""
         told = header.data
-        if told.get("training_sha256") != self.dataset.digest:
+        these = self.dataset.described()  # of screened data the digest of the whole, quarantined samples included
+        if told.get("training_sha256") != these["training_sha256"]:
             return
         theirs = (told.get("held_out_training_images"), told.get("quarantine_sha256"), told.get("partitions"))
-        ours = (self._recipe.holdout, self.dataset.described().get("quarantine_sha256"), None)
+        ours = (self._recipe.holdout, these.get("quarantine_sha256"), None)
         if theirs != ours:
             raise ValueError(
                 f"the {who} was trained on these data, but held out other images than this run: {theirs} and {ours} (how many, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,10 @@ def emptied(part: str, *left: str) -> Callable[[Path], None]:
     return spoil
 
 
+def latin(folder: Path) -> None:
+    (folder / "train" / "light" / "0.png").rename(os.fsdecode(os.fsencode(folder / "train" / "light") + b"/caf\xe9.png"))
+
+
 def no_classes(folder: Path) -> None:
     for name in SHADES:
         for file in (folder / "train" / name).iterdir():
@@ -222,6 +227,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a garbled image": (garbled, r"light/9\.png is not a readable image"),
     "a GIF called PNG": (another_format, r"light/9\.png is not a readable image"),
     "a class only in test": (only_in_test, r"shades/test has classes that .*shades/train lacks: grey"),
+    "a file whose name is not UTF-8": (latin, r"light/caf\\xe9\.png': the file's name is not UTF-8: rename it"),
     "a single class": (
         lambda folder: (folder / "train" / "light").rename(folder / "elsewhere"),
         r"shades/train must hold one folder of images per class, at least two; found dark",

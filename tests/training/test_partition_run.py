@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -211,6 +212,14 @@ def test_the_command_writes_a_checkpoint_that_says_what_each_expert_saw(tiny_vot
     assert config["settings"]["data"] == header.data
     assert {path.name for path in tiny_vote.folder.glob("*.safetensors")} == {f"expert-{k}.safetensors" for k in range(9)}
     assert (tiny_vote.folder / "loss.png").exists()
+
+
+def test_a_vote_names_the_manifest_of_its_data(tiny_vote: TinyRun, tmp_path: Path) -> None:
+    manifest, out = tmp_path / "manifest.jsonl", tmp_path / "vote.safetensors"
+    assert main(["data", "manifest", "--data", str(tiny_vote.data), "--out", str(manifest)]) == 0
+    arguments = [*tiny_vote.arguments(tmp_path / "run"), *SMALL_PARTS, "--manifest", str(manifest), "--out", str(out)]
+    assert main(["partition", *arguments]) == 0
+    assert read_header(out).data["manifest_sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
 def test_running_the_command_again_trains_nothing_and_writes_the_same(

@@ -110,6 +110,17 @@ def test_a_checkpoint_names_the_quarantine_and_the_whole_and_is_used_with_it(
     assert said["quarantine_sha256"] == hashlib.sha256(screened.quarantine.read_bytes()).hexdigest()
     assert said["quarantined"] == len(screened.positions())
 
+    for other in ([], ["--set", "holdout=12", *given]):  # it may have seen what these would be judged on
+        again = ["joint", *train, *other, "--run", str(tmp_path / "other"), "--init", str(out)]
+        assert main(again) == 1
+        assert "held out other images" in capsys.readouterr().err
+    unscreened = tmp_path / "unscreened.safetensors"
+    assert main(["joint", *train, "--run", str(tmp_path / "whole")]) == 0
+    assert main(["export", *train, "--run", str(tmp_path / "whole"), "--out", str(unscreened)]) == 0
+    for who in ("--init", "--teacher"):
+        assert main(["joint", *train, *given, "--run", str(tmp_path / "other"), who, str(unscreened)]) == 1
+        assert "held out other images" in capsys.readouterr().err
+
     replay = ["replay", "--data", str(screened.data), "--device", "cpu", "--checkpoint", str(out), "--steps", "1"]
     replay += ["--out", str(tmp_path / "replay.npz")]
     assert main(replay) == 1  # else "held-out" images would be some that were trained on
