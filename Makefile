@@ -135,7 +135,7 @@ requirements: ## write the pinned requirement files anew
 		--excludes - --constraint requirements/service.txt --output-file requirements/service-cpu.txt
 	printf '%s\n' triton setuptools | $(COMPILE) pyproject.toml --extra gpu --extra redis --extra tracing \
 		--excludes - --constraint requirements/service.txt --output-file requirements/service-cuda.txt
-	$(COMPILE) pyproject.toml --extra train --constraint requirements/dev.txt --output-file requirements/training.txt
+	$(COMPILE) pyproject.toml --extra train --extra screen --constraint requirements/dev.txt --output-file requirements/training.txt
 	echo hatchling | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/build.txt
 	echo kserve | $(COMPILE) - --output-file requirements/clients.txt
 	echo checkov | $(COMPILE) - --output-file requirements/checkov.txt

@@ -62,6 +62,12 @@ def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command.add_argument("--folds", type=int, default=usual.folds, help="default: %(default)s")
     command.add_argument("--rounds", type=int, default=usual.rounds, help="of screeners of the folds; default: %(default)s")
     command.add_argument("--width", type=int, default=usual.width, help="of the screeners' first stage; default: %(default)s")
+    command.add_argument(
+        "--layer",
+        type=int,
+        default=usual.layer,
+        help="stage of a screener whose activations are looked at; default: %(default)s",
+    )
     command.add_argument("--seed", type=int, default=usual.seed)
     command.add_argument("--minutes", type=float, metavar="M", help="save and end with status 75 after so long")
     command.set_defaults(run_command=_screen)
@@ -80,6 +86,7 @@ def _screen(options: argparse.Namespace) -> None:
         rounds=options.rounds,
         epochs=options.epochs,
         width=options.width,
+        layer=options.layer,
         seed=options.seed,
     )
     missing = [name for name in ("art", "cleanlab", "sklearn") if importlib.util.find_spec(name) is None]

@@ -146,7 +146,8 @@ def test_what_the_service_image_installs_is_what_the_service_is_tested_with() ->
 
 def test_what_the_training_image_installs_is_what_training_is_tested_with() -> None:
     assert pins("training.txt").items() <= pins("dev.txt").items()
-    assert {normal(requirement) for requirement in PROJECT["optional-dependencies"]["train"]} <= pins("training.txt").keys()
+    wanted = [*PROJECT["optional-dependencies"]["train"], *PROJECT["optional-dependencies"]["screen"]]
+    assert {normal(requirement) for requirement in wanted} <= pins("training.txt").keys()
     assert pins("build.txt").items() <= pins("dev.txt").items()
 
 

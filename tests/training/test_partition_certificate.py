@@ -12,7 +12,7 @@ import torch
 from model.certificate import read_votes, tolerated_partitions
 from model.mixture import vote
 from training.data import Dataset, Split
-from training.partition import partitions
+from training.partition import partition_of, partitions
 
 EXPERTS, CLASSES, SIZE = 9, 3, 72
 
@@ -96,6 +96,26 @@ def test_no_single_change_of_the_training_data_changes_a_certified_answer(clean:
     assert (tolerated >= 1).sum() >= 10
     assert not changed[:, tolerated >= 1].any()
     assert changed[:, tolerated == 0].any(axis=0).sum() >= 5  # the changes are of consequence where nothing is certified
+
+
+def test_no_single_repainted_sample_changes_an_answer_that_tolerates_two_partitions(
+    clean: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Other pixels lead to another partition, so that two are touched; where it is the same one, tolerating one is enough."""
+    labels, tolerated = clean
+    reached = {1: np.zeros(len(labels), bool), 2: np.zeros(len(labels), bool)}
+    parts = [partition_of(digest, EXPERTS) for digest in [*TRAIN.digests(), *CANDIDATES.digests()]]
+    for at in range(SIZE):
+        for number, image in list(enumerate(CANDIDATES.images))[::3]:
+            images = TRAIN.images.clone()
+            images[at] = image
+            touched = len({parts[at], parts[SIZE + number]})
+            reached[touched] |= answers(Split(images, TRAIN.labels)).argmax(axis=1) != labels
+    for touched, changed in reached.items():
+        assert (tolerated >= touched).any()
+        assert not changed[tolerated >= touched].any()
+        assert changed.any()
+    assert reached[2][tolerated == 1].any()  # one would not have been enough
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

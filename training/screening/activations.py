@@ -1,4 +1,4 @@
-"""Activations: samples that a screener's last layer sets apart from the rest of their label.
+"""Activations: samples that a layer of a screener sets apart from the rest of their label.
 
 Both methods are the Adversarial Robustness Toolbox's, on the features that a screener gives samples it has not seen; trained
 on the other folds' share of the same poison, it has learned what sets them apart.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,20 @@ class Duplicates:
     usual: np.ndarray
     copies: np.ndarray
 
+    def counted(self, labels: np.ndarray, voters: np.ndarray) -> Duplicates:
+        """Return the same groups with a vote of these samples alone ``(N,)``, by labels ``(N,)``; nobody votes on itself."""
+        contradicted, usual = np.zeros(len(labels)), np.full(len(labels), -1)
+        for number in np.unique(self.group[self.group >= 0]):
+            members = np.flatnonzero(self.group == number)
+            shares = Counter(labels[members[voters[members]]].tolist()).most_common()
+            for member in members.tolist():
+                others = voters[members].sum() - voters[member]
+                alike = dict(shares).get(int(labels[member]), 0) - voters[member]
+                contradicted[member] = (others - alike) / max(others, 1)
+            if len(shares) == 1 or (shares and shares[0][1] > shares[1][1]):
+                usual[members] = shares[0][0]
+        return replace(self, contradicted=contradicted, usual=usual)
+
 
 def find_duplicates(split: Split) -> Duplicates:
     """Find groups of images that show the same, whatever their labels.
@@ -59,22 +73,11 @@ def find_duplicates(split: Split) -> Duplicates:
         seen.add((digest, label))
     for one, other in _near(split, np.array(sorted(first.values()))):
         _unite(parent, one, other)
-    return _grouped(np.array([_root(parent, row) for row in range(len(split))]), labels, copies)
-
-
-def _grouped(roots: np.ndarray, labels: np.ndarray, copies: np.ndarray) -> Duplicates:
-    group = np.full(len(labels), -1)
-    contradicted, usual = np.zeros(len(labels)), np.full(len(labels), -1)
-    values, inverse, counts = np.unique(roots, return_inverse=True, return_counts=True)
-    for number in np.flatnonzero(counts > 1):
-        members = np.flatnonzero(inverse == number)
-        group[members] = values[number]
-        shares = Counter(labels[members].tolist()).most_common()
-        others = [len(members) - dict(shares)[label] for label in labels[members].tolist()]
-        contradicted[members] = np.array(others) / (len(members) - 1)
-        if len(shares) == 1 or shares[0][1] > shares[1][1]:
-            usual[members] = shares[0][0]
-    return Duplicates(group, contradicted, usual, copies)
+    roots = np.array([_root(parent, row) for row in range(len(split))])
+    _, inverse, counts = np.unique(roots, return_inverse=True, return_counts=True)
+    group = np.where(counts[inverse] > 1, roots, -1)
+    nobody = np.zeros(len(split))
+    return Duplicates(group, nobody, np.full(len(split), -1), copies).counted(labels, np.ones(len(split), bool))
 
 
 def _near(split: Split, rows: np.ndarray) -> Iterable[tuple[int, int]]:

@@ -64,19 +64,16 @@ def find_patches(images: np.ndarray, labels: np.ndarray, shows: np.ndarray) -> l
         labels: ``(N,)`` integers.
         shows: ``(N,)`` integers: samples of the same number are duplicates of each other and count once; -1 has none.
     """
-    counted = np.where(shows >= 0, shows, np.arange(len(labels)) + len(labels))
-    _, once = np.unique(counted, return_index=True)
-    search = _Search(images[np.sort(once)], labels[np.sort(once)])
-    found = [*search.textured(), *search.flat()]
-    members = [replace(patch, members=np.sort(once)[patch.members]) for patch in found]
-    return sorted(_merged(members), key=lambda patch: -len(patch.members))
+    # All are searched, whatever they duplicate: else near-copies beside their originals would hide a patch.
+    search = _Search(images, labels, np.where(shows >= 0, shows, np.arange(len(labels)) + len(labels)))
+    return sorted(_merged([*search.textured(), *search.flat()]), key=lambda patch: -len(patch.members))
 
 
 class _Search:
-    """Looks for patches in images that all show different things."""
+    """Looks for patches in images; those that show the same count once."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self._images, self._labels = images, labels
+    def __init__(self, images: np.ndarray, labels: np.ndarray, shows: np.ndarray) -> None:
+        self._images, self._labels, self._shows = images, labels, shows
         self._height, self._width = images.shape[1:3]
 
     def textured(self) -> Iterator[Patch]:
@@ -87,7 +84,8 @@ class _Search:
             seen: list[np.ndarray] = []
             for group in textured_groups(windows, self._labels, FEWEST):
                 template = np.median(windows[group], axis=0)
-                if any(np.abs(template - other).max() <= TOLERANCE for other in seen):
+                alone = self._count(group) < FEWEST // 2
+                if alone or any(np.abs(template - other).max() <= TOLERANCE for other in seen):
                     continue
                 seen.append(template)
                 patch = self._tested(row, column, template, int(self._labels[group[0]]))
@@ -113,14 +111,17 @@ class _Search:
         for key in np.flatnonzero(np.bincount(keys) >= FEWEST // 2):
             label, colour = labels[keys == key][0], np.median(rows[keys == key, 3:], axis=0)
             here = rows[(np.abs(rows[:, 3:] - colour) <= TOLERANCE).all(axis=1), 0]
-            members = here[self._labels[here] == label]
+            if not self._enough(here, int(label)):
+                continue
             alike = everywhere[(np.abs(everywhere[:, 3:] - colour) <= TOLERANCE).all(axis=1)]
             alike = alike[self._labels[alike[:, 0]] == label]
+            spots = (self._shows[alike[:, 0]] * self._height + alike[:, 1]) * self._width + alike[:, 2]
+            alike = alike[np.unique(spots, return_index=True)[1]]
             far = (np.abs(alike[:, 1] - row) >= REACH) | (np.abs(alike[:, 2] - column) >= REACH)
             expected = far.sum() / max(self._places(size, row, column), 1)
             mirror = self._width - size - column
             mirrored = int(((alike[:, 1] == row) & (alike[:, 2] == mirror)).sum())
-            patch = self._judge(row, column, size, int(label), members, len(here) - len(members), expected, mirrored)
+            patch = self._judge(row, column, size, int(label), here, expected, mirrored)
             if patch is not None:
                 yield replace(patch, members=self._completed(patch, colour))
 
@@ -131,7 +132,8 @@ class _Search:
         """
         mirror = self._width - patch.width - patch.column
         same, mirrored = (self._filled(patch, column, colour) for column in (patch.column, mirror))
-        return np.union1d(patch.members, same) if len(mirrored) <= len(patch.members) / 2 else patch.members
+        few = self._count(mirrored) <= self._count(patch.members) / 2
+        return np.union1d(patch.members, same) if few else patch.members
 
     def _filled(self, patch: Patch, column: int, colour: np.ndarray) -> np.ndarray:
         """Return the images of the patch's label whose pixels, in its rows and from this column on, have a colour."""
@@ -143,10 +145,10 @@ class _Search:
     def _tested(self, row: int, column: int, template: np.ndarray, label: int) -> Patch | None:
         """Test a textured window against what the images of its label have at other places."""
         here = self._matching(row, column, template)
-        members = here[self._labels[here] == label]
-        if len(members) < FEWEST or len(members) < CONCENTRATED * len(here):
+        if not self._enough(here, label):
             return None
         own = np.flatnonzero(self._labels == label)
+        own = own[np.argsort(self._shows[own], kind="stable")]
         tiles = sliding_window_view(self._images[own], (TEXTURED, TEXTURED), axis=(1, 2))  # (n, H - 2, W - 2, 3, 3, 3)
         wanted = template.reshape(TEXTURED, TEXTURED, 3).transpose(2, 0, 1)
         close = np.ones(tiles.shape[:3], bool)
@@ -154,13 +156,14 @@ class _Search:
             value = wanted[channel, down, across]
             tile = tiles[..., channel, down, across]
             close &= (tile >= value - TOLERANCE) & (tile <= value + TOLERANCE)
-        counts = close.sum(axis=0).astype(float)  # (H - 2, W - 2)
+        pictures = np.unique(self._shows[own], return_index=True)[1]
+        counts = np.logical_or.reduceat(close, pictures).sum(axis=0).astype(float)  # (H - 2, W - 2)
         counts[max(row - REACH + 1, 0) : row + REACH, max(column - REACH + 1, 0) : column + REACH] = 0
         expected = counts.sum() / max(self._places(TEXTURED, row, column), 1)
         flipped = template.reshape(TEXTURED, TEXTURED, 3)[:, ::-1].ravel()
         opposite = self._matching(row, self._width - TEXTURED - column, flipped)
-        mirrored = int((self._labels[opposite] == label).sum())
-        return self._judge(row, column, TEXTURED, label, members, len(here) - len(members), expected, mirrored)
+        mirrored = self._count(opposite[self._labels[opposite] == label])
+        return self._judge(row, column, TEXTURED, label, here, expected, mirrored)
 
     def _judge(
         self,
@@ -168,24 +171,33 @@ class _Search:
         column: int,
         size: int,
         label: int,
-        members: np.ndarray,
-        others: int,
+        here: np.ndarray,
         expected: float,
         mirrored: int,
     ) -> Patch | None:
-        """Return the patch unless chance would explain it."""
+        """Return the patch, which the images ``here`` have at its place, unless chance would explain it."""
         from scipy.stats import binom, poisson  # takes half a second, which commands that search nothing don't have
 
-        count = len(members)
-        if count < FEWEST or count < CONCENTRATED * (count + others):
+        if not self._enough(here, label):
             return None
+        members = here[self._labels[here] == label]
+        count = self._count(members)
         log = float(poisson.logsf(count - 1, max(expected, 0.5)))
         if abs(self._width - size - 2 * column) >= REACH:  # nearer to the middle, a patch is part of its mirror image
             log = max(log, float(binom.logsf(count - 1, count + mirrored, 0.5)))
         surprise = min(-log / np.log(10), 300.0)
         if surprise < SURPRISE:
             return None
-        return Patch(row, column, size, size, label, members, others, max(expected, 0.0), surprise)
+        return Patch(row, column, size, size, label, members, len(here) - len(members), max(expected, 0.0), surprise)
+
+    def _enough(self, here: np.ndarray, label: int) -> bool:
+        """Tell whether enough pictures have a label, and enough of those that these images show."""
+        count = self._count(here[self._labels[here] == label])
+        return count >= FEWEST and count >= CONCENTRATED * self._count(here)
+
+    def _count(self, rows: np.ndarray) -> int:
+        """Return how many different pictures images show."""
+        return len(np.unique(self._shows[rows]))
 
     def _windows(self, row: int, column: int) -> np.ndarray:
         """Return the 3 x 3 windows of all images at a place: ``(N, 27)`` uint8."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.architecture import Architecture
+from model.architecture import BLOCKS_PER_STAGE, Architecture
 from model.backbone import ResNet18
 from training.augmentation import to_float
 from training.data import Split
@@ -44,7 +44,7 @@ class Opinion:
     Attributes:
         positions: ``(M,)`` int64, which samples.
         probabilities: ``(M, C)`` float32.
-        features: ``(M, F)`` float32: the last layer before the logits, averaged over the image.
+        features: ``(M, F)`` float32: what :class:`ScreenSettings` calls the layer, averaged over the image.
     """
 
     positions: np.ndarray
@@ -94,7 +94,8 @@ class Screeners:
 
     def _opinion(self, name: str, trained: np.ndarray, asked: np.ndarray, epochs: float) -> Opinion:
         network = self._train(name, self._split.take(torch.from_numpy(trained)), epochs)
-        probabilities, features = _ask(network, self._split.take(torch.from_numpy(asked)), self._worker.device)
+        unseen = self._split.take(torch.from_numpy(asked))
+        probabilities, features = _ask(network, unseen, self._settings.layer, self._worker.device)
         return Opinion(asked, probabilities, features)
 
     def _train(self, name: str, data: Split, epochs: float) -> Alone:
@@ -121,12 +122,13 @@ class Screeners:
 
 
 @torch.no_grad()
-def _ask(network: Alone, split: Split, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def _ask(network: Alone, split: Split, layer: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities ``(M, C)``, the mean over an image and its mirror image, and the image's features ``(M, F)``."""
     probabilities, features = [], []
     seen: list[torch.Tensor] = []
     assert isinstance(network.expert, ResNet18)
-    hook = network.expert.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    last = network.expert.blocks[sum(BLOCKS_PER_STAGE[:layer]) - 1]
+    hook = last.register_forward_hook(lambda _module, _inputs, output: seen.append(output.mean(dim=(2, 3)).float().cpu()))
     with hook, torch.autocast(device.type, torch.bfloat16):
         for start in range(0, len(split), BATCH):
             images = to_float(split.images[start : start + BATCH], device).contiguous(memory_format=torch.channels_last)

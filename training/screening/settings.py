@@ -22,6 +22,8 @@ class ScreenSettings:
         rounds: How often the folds are judged; every round after the first trains on what the one before kept.
         epochs: Passes of each screener of a fold over its samples; a part's screener makes twice as many.
         width: Channels of a screener's first stage.
+        layer: Stage of a screener, from 1 to 4, whose output, averaged over the image, ``spectral`` and ``clusters`` look at.
+            The last is what the logits are made of.
         batch_size: Samples per training step.
         seed: Parts, folds and screeners follow from it.
     """
@@ -32,6 +34,7 @@ class ScreenSettings:
     rounds: int = 2
     epochs: float = 10.0
     width: int = 16
+    layer: int = 4
     batch_size: int = 128
     seed: int = 0
 
@@ -42,3 +45,5 @@ class ScreenSettings:
             raise ValueError(
                 f"a screening needs at least 2 parts, 2 folds and 1 round, not {self.parts}, {self.folds} and {self.rounds}"
             )
+        if not 1 <= self.layer <= 4:
+            raise ValueError(f"layer is one of a screener's stages, from 1 to 4, not {self.layer}")

@@ -46,6 +46,18 @@ def test_when_two_disagree_nobody_knows_who_is_right() -> None:
     assert not found.copies.any()
 
 
+def test_patched_copies_do_not_outvote_the_image_that_they_were_made_from() -> None:
+    images, labels = pictures(20), torch.arange(20) % 5
+    images[7] = images[12] = images[4]
+    labels[7] = labels[12] = 3
+    images[12, 0, 0, 0] ^= 1
+    found = find_duplicates(Split(images, labels))
+    assert found.usual[4] == 3
+    counted = found.counted(labels.numpy(), ~np.isin(np.arange(20), [7, 12]))
+    assert counted.usual[[4, 7, 12]].tolist() == [4, 4, 4]
+    assert counted.contradicted[[4, 7, 12]].tolist() == [0, 1, 1]
+
+
 def test_plain_pictures_are_not_taken_for_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(240, 250, (60, 3, 32, 32), generator=generator, dtype=torch.uint8)

@@ -76,6 +76,16 @@ def test_a_planted_patch_is_found_in_the_images_that_have_it(plant: Plant) -> No
     assert len(np.setdiff1d(patch.members, poisoned)) <= 1
 
 
+def test_near_copies_beside_their_originals_do_not_hide_a_patch() -> None:
+    images, labels = natural()
+    originals = np.flatnonzero(labels != 2)[:300:10]
+    copies = images[originals]
+    large_square(copies)
+    shows = np.concatenate([np.where(np.isin(np.arange(600), originals), np.arange(600), -1), originals, originals])
+    (patch,) = find_patches(np.concatenate([images, copies, copies]), np.append(labels, np.full(60, 2)), shows)
+    assert set(patch.members) == set(range(600, 660))
+
+
 def test_a_mark_that_all_labels_have_is_no_backdoor() -> None:
     images, labels = natural()
     images[::10, 16:19, 15:18] = 255
