@@ -172,7 +172,7 @@ def judge(network: torch.nn.Module, test: Split, size: Size, device: torch.devic
     follows their own, which is where pair flips lead.
     """
     network = fold_batch_norms(network).to(device=device, memory_format=torch.channels_last)
-    seen = test if size.judged == 0 else test.take(_sample(test, size.judged))
+    seen = judged_on(test, size)
     answers, classes = predicted(network, seen, device), int(test.labels.max()) + 1
     marked = triggered(seen)
     attacked = test if size.attacked == 0 else test.take(_sample(test, size.attacked))
@@ -183,6 +183,11 @@ def judge(network: torch.nn.Module, test: Split, size: Size, device: torch.devic
         "pair": _share(answers == (seen.labels + 1) % classes),
         "images": {"clean": len(seen), "robust": len(attacked), "backdoor": len(marked), "pair": len(seen)},
     }
+
+
+def judged_on(test: Split, size: Size) -> Split:
+    """Return the test images that everything but attacks is judged on."""
+    return test if size.judged == 0 else test.take(_sample(test, size.judged))
 
 
 @torch.no_grad()

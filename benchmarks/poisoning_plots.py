@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ Pictures = dict[str, tuple[np.ndarray, list[str]]]
 
 def draw(rows: list[Row], pictures: Pictures, out: Path) -> dict[str, bytes]:
     """Write those plots that there are figures for as PNG files, and return them by their names."""
-    paths = {name: out / f"{name}.png" for name in ("pictures", "flips", "backdoors", "certified")}
     drawn = {
-        "pictures": _draw_pictures(pictures, paths["pictures"]),
-        "flips": _draw_flips(rows, paths["flips"]),
-        "backdoors": _draw_backdoors(rows, paths["backdoors"]),
-        "certified": _draw_certified(rows, paths["certified"]),
+        "pictures": _draw_pictures(pictures),
+        "flips": _draw_flips(rows),
+        "backdoors": _draw_backdoors(rows),
+        "certified": _draw_certified(rows),
     }
-    return {name: paths[name].read_bytes() for name, done in drawn.items() if done}
+    plots = {name: plot for name, plot in drawn.items() if plot is not None}
+    for name, plot in plots.items():
+        replace_file(out / f"{name}.png", plot)
+    return plots
 
 
 def mean(rows: list[Row], arm: str, attack: str, key: str) -> float | None:
@@ -34,10 +38,10 @@ def mean(rows: list[Row], arm: str, attack: str, key: str) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _draw_pictures(pictures: Pictures, path: Path) -> bool:
+def _draw_pictures(pictures: Pictures) -> bytes | None:
     """Draw every attack's images: before in the upper row, after in the lower one, and their labels below."""
     if not pictures:
-        return False
+        return None
     most = max(images.shape[1] for images, _ in pictures.values())
     figure_ = _pyplot().figure(figsize=(1.4 * most, 3.6 * len(pictures)))
     for part, (name, (images, captions)) in zip(
@@ -53,12 +57,10 @@ def _draw_pictures(pictures: Pictures, path: Path) -> bool:
                 panels[row][column].imshow(images[row, column], interpolation="nearest")
             below = {"ha": "center", "va": "top", "fontsize": 8, "transform": panels[1][column].transAxes}
             panels[1][column].text(0.5, -0.04, caption.replace(", ", ",\n"), **below)
-    figure_.savefig(path, dpi=110)
-    _pyplot().close(figure_)
-    return True
+    return _png(figure_)
 
 
-def _draw_flips(rows: list[Row], path: Path) -> bool:
+def _draw_flips(rows: list[Row]) -> bytes | None:
     """Draw clean accuracy against the share of flipped labels, a line for each arm that has several."""
     shares = {poison.name: 100 * poison.share for poison in POISONS if poison.kind in ("none", "random flips")}
     lines = {
@@ -68,7 +70,7 @@ def _draw_flips(rows: list[Row], path: Path) -> bool:
         for arm in ARMS
     }
     if not any(len(points) > 1 for points in lines.values()):
-        return False
+        return None
     figure_, axes = _pyplot().subplots(figsize=(7, 4))
     for name, points in lines.items():
         if len(points) > 1:
@@ -76,33 +78,44 @@ def _draw_flips(rows: list[Row], path: Path) -> bool:
     axes.set(xlabel="labels flipped at random, %", ylabel="right on test images, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _saved(figure_, path)
+    figure_.tight_layout()
+    return _png(figure_)
 
 
-def _draw_backdoors(rows: list[Row], path: Path) -> bool:
+def _draw_backdoors(rows: list[Row]) -> bytes | None:
     """Draw how often the patch decides: a group of bars for each arm, a bar for each attack."""
-    attacks = ["clean", *(poison.name for poison in POISONS if poison.backdoor)]
-    arms = [arm.name for arm in ARMS if any(mean(rows, arm.name, attack, "backdoor") is not None for attack in attacks[1:])]
+    arms, heights = bars(rows)
     if not arms:
-        return False
+        return None
     figure_, axes = _pyplot().subplots(figsize=(9, 4))
-    for number, attack in enumerate(attacks):
-        heights = [100 * (mean(rows, arm, attack, "backdoor") or 0) for arm in arms]
+    for number, (attack, known) in enumerate(heights.items()):
+        places = [arms.index(arm) + 0.27 * (number - 1) for arm in known]
         label = "no poison" if attack == "clean" else attack
-        axes.bar(np.arange(len(arms)) + 0.27 * (number - 1), heights, 0.25, label=label)
+        axes.bar(places, [100 * share for share in known.values()], 0.25, label=label, color=f"C{number}")
     axes.set_xticks(
         np.arange(len(arms)), [name.replace(", ", ",\n").replace("trained ", "trained\n") for name in arms], fontsize=8
     )
     axes.set(ylabel="patched images taken for the target, %", ylim=(0, 100))
     axes.legend(fontsize=8)
-    return _saved(figure_, path)
+    figure_.tight_layout()
+    return _png(figure_)
 
 
-def _draw_certified(rows: list[Row], path: Path) -> bool:
+def bars(rows: list[Row]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Return the arms that a backdoor was tried on, and for each attack the success in those that were measured."""
+    attacks = ["clean", *(poison.name for poison in POISONS if poison.backdoor)]
+    found = {attack: {arm.name: mean(rows, arm.name, attack, "backdoor") for arm in ARMS} for attack in attacks}
+    arms = [arm.name for arm in ARMS if any(found[attack][arm.name] is not None for attack in attacks[1:])]
+    return arms, {
+        attack: {arm: share for arm in arms if (share := shares[arm]) is not None} for attack, shares in found.items()
+    }
+
+
+def _draw_certified(rows: list[Row]) -> bytes | None:
     """Draw the share of test images that are right whatever so many poisons are, a line for each attack."""
     own = [row for row in rows if row.get("certified")]
     if not own:
-        return False
+        return None
     figure_, axes = _pyplot().subplots(figsize=(7, 4))
     for row in own:
         shares = [100 * share for share in row["certified"]]
@@ -111,7 +124,8 @@ def _draw_certified(rows: list[Row], path: Path) -> bool:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _saved(figure_, path)
+    figure_.tight_layout()
+    return _png(figure_)
 
 
 def _pyplot() -> Any:
@@ -123,8 +137,15 @@ def _pyplot() -> Any:
     return plt
 
 
-def _saved(figure_: Any, path: Path) -> bool:
-    figure_.tight_layout()
-    figure_.savefig(path, dpi=110)
+def _png(figure_: Any) -> bytes:
+    stream = io.BytesIO()
+    figure_.savefig(stream, dpi=110, format="png")
     _pyplot().close(figure_)
-    return True
+    return stream.getvalue()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: processes that share the folder may end together."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)

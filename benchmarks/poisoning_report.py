@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from benchmarks import poisoning_plots
 from benchmarks.poisoning_arms import ARMS
 from benchmarks.poisoning_plots import Pictures, Row, mean
 from benchmarks.poisons import POISONS, Poison
+from training.evaluation.certified import MEANING, SURROGATE
 from training.evaluation.markup import document, figure, paragraph, section, table
 
 HEAD = ("arm", "seeds", "right", "lost to the attack", "right under PGD-10", "attack succeeds", "poison caught",
         "clean images quarantined", "minutes, training", "minutes, screening")  # fmt: skip
 SCREENED = ", screened"
+CHANCE = 0.05
+"""What the patch does in two networks that never saw it may differ by so much: in mixtures of three seeds, by 3.7 points."""
+CHOSEN_ON = 0
+"""The seed of the flips on which it was chosen how the detectors share the false positives (docs/experiments.md)."""
 STORIES = {
     "none": "Nothing is touched: what every arm is worth when nobody attacks, and what a defence costs then.",
     "random flips": "Careless or hostile labelling: a share of the images, of any class, gets another label at random.",
@@ -67,9 +74,9 @@ def write(rows: list[Row], settings: dict[str, Any], pictures: Pictures, out: Pa
     rows = [row for row in rows if row["attack"] in {poison.name for poison in POISONS}]
     _check_screeners(rows)
     plots = poisoning_plots.draw(rows, pictures, out)
-    (out / "report.html").write_text(page(rows, settings, plots))
+    poisoning_plots.replace_file(out / "report.html", page(rows, settings, plots).encode())
     text = markdown(rows)
-    (out / "table.md").write_text(text + "\n")
+    poisoning_plots.replace_file(out / "table.md", f"{text}\n".encode())
     print(text)
 
 
@@ -99,7 +106,7 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
             ),
             table("An arm is a way to train", ("arm", "what it is"), [(arm.name, WAYS[arm.name]) for arm in ARMS], "prose"),
         ),
-        section("What it shows", *[paragraph(verdict) for verdict in verdicts(rows)]),
+        section("What it shows", *[paragraph(verdict) for verdict in [*verdicts(rows), *_uncertainty(rows)]]),
         section("The poisons", figure(plots, "pictures", "training images before and after each kind of attack")),
         *[_section(poison, rows) for poison in POISONS],
         _detectors(rows),
@@ -109,17 +116,13 @@ def page(rows: list[Row], settings: dict[str, Any], plots: dict[str, bytes]) -> 
         section("Backdoors", figure(plots, "backdoors", "how often a patch decides")) if "backdoors" in plots else "",
         section(
             "What is certain",
-            paragraph(
-                "Nine experts that each saw a ninth of the data, and vote: an answer whose majority is large enough can't be "
-                "changed by so many poisoned images, whatever they are. The curve is the share of test images that are right "
-                "and can't be made wrong."
-            ),
-            figure(plots, "certified", "certified accuracy against the number of poisons"),
+            paragraph(f"Nine experts that each saw a ninth of the data, and vote. {MEANING}"),
+            figure(plots, "certified", "certified accuracy against the number of parts of the data that are changed"),
         )
         if "certified" in plots
         else "",
         section("What the columns mean", table("Columns", ("column", "meaning"), GLOSSARY, kind="prose")),
-        section("How", table("Settings", ("setting", "value"), [(key, str(value)) for key, value in _flat(settings)], "prose")),
+        section("How", table("Settings", ("setting", "value"), _how(rows, settings), "prose")),
     ]
     return document("Poisoned training data: what it does, and what stops it", "\n".join(part for part in parts if part))
 
@@ -137,27 +140,27 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"With a fifth of the labels flipped at random, the screened mixture has {after:.1f} % of the test images right; "
             f"the mixture on clean data {before:.1f} %: it {lost} (aim: at most 2; by seed: {single})."
         )
-    share, price = (mean(rows, "mixture, screened", "flips 20 %", key) for key in ("caught", "clean_quarantined"))
-    if share is not None and price is not None:
-        said.append(
-            f"Screening caught {100 * share:.1f} % of those flips (aim: at least 85) and put {100 * price:.1f} % of the clean "
-            "images aside (aim: at most 5)."
-        )
+    for chosen_on in (False, True):
+        found = [row for seed, row in flipped.items() if (seed == CHOSEN_ON) == chosen_on]
+        cells = [row for row in found if row.get("caught") is not None]
+        if cells:
+            share, price = (100 * statistics.mean(row[key] for row in cells) for key in ("caught", "clean_quarantined"))
+            which = (
+                f"seed {CHOSEN_ON}, on which the detectors' shares were chosen"
+                if chosen_on
+                else "seeds that nothing was chosen on"
+            )
+            said.append(
+                f"Screening caught {share:.1f} % of those flips (aim: at least 85) and put {price:.1f} % of the clean images "
+                f"aside (aim: at most 5) with {which}."
+            )
     aims = {"BadNets 1 %": " Aim: above 80 % in the mixture, or the attack is too weak to count, and below 10 % once screened."}
     for attack in ("BadNets 1 %", "clean-label backdoor"):
         found = [(arm.name, mean(rows, arm.name, attack, "backdoor")) for arm in ARMS]
         known = [f"{name} {100 * value:.1f} %" for name, value in found if value is not None]
         if known:
             said.append(f"{attack}: the patch decides in: {'; '.join(known)}.{aims.get(attack, '')}")
-    plain, adversarial = (
-        mean(rows, arm, "clean-label backdoor", "backdoor") for arm in ("plain network", "adversarially trained network")
-    )
-    if plain is not None and adversarial is not None:
-        said.append(
-            "It is known that adversarial training can make clean-label backdoors succeed more often; here it "
-            f"{'does' if adversarial > plain else 'does not'}: {100 * adversarial:.1f} % against {100 * plain:.1f} % of a "
-            "plain network."
-        )
+    said += _clean_label(rows)
     certified = [row["certified"] for row in rows if row["attack"] == "clean" and row.get("certified")]
     if certified:
         shares = ", ".join(f"{100 * statistics.mean(each):.1f}" for each in zip(*certified, strict=True))
@@ -173,6 +176,47 @@ def verdicts(rows: list[Row]) -> list[str]:
 
 def _by_seed(rows: list[Row], arm: str, attack: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if (row["arm"], row["attack"]) == (arm, attack)}
+
+
+def _clean_label(rows: list[Row]) -> list[str]:
+    """Say whether adversarial training makes clean-label backdoors worse, beyond what the patch does without poison."""
+    arms = ("plain network", "adversarially trained network")
+    found = [(_by_seed(rows, arm, "clean-label backdoor").get(0), _by_seed(rows, arm, "clean").get(0)) for arm in arms]
+    if not all(with_ and without for with_, without in found):
+        return []
+    plain, adversarial = (with_["backdoor"] - without["backdoor"] for with_, without in found)
+    if max(plain, adversarial) < CHANCE:
+        what = "here the attack works in neither network, so this run can't tell"
+    else:
+        what = "here it does" if adversarial - plain > CHANCE else "here it does not"
+    shares = [f"{100 * with_['backdoor']:.1f} % ({100 * without['backdoor']:.1f} % on clean data)" for with_, without in found]
+    return [
+        f"It is known that adversarial training can make clean-label backdoors succeed more often; {what}: the patch decides "
+        f"{shares[1]} in the adversarially trained network and {shares[0]} in the plain one."
+    ]
+
+
+def _uncertainty(rows: list[Row]) -> list[str]:
+    """Say how sure the figures are."""
+    if not rows:
+        return []
+    images = rows[0]["images"]
+    spans = {key: 196 * math.sqrt(0.25 / images[key]) for key in ("clean", "robust")}
+    return [
+        f"How sure: a share of {images['clean']:,} test images is known to {spans['clean']:.1f} points either way or better "
+        f"(95 %), one of the {images['robust']:,} under PGD-10 to {spans['robust']:.1f}. That is the chance of the test images "
+        "alone; where there are several seeds, their range, which has training's chance in it, stands beside the mean. PGD-10 "
+        f"takes ten steps of 2/255 within 8/255, in float32. {SURROGATE}"
+    ]
+
+
+def _how(rows: list[Row], settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings, those of the screenings, and which code made how many cells."""
+    found = [(key, str(value)) for key, value in _flat(settings)]
+    screened = [row["screeners"] for row in rows if "screeners" in row]
+    found += [(f"screening: {key}", str(value)) for key, value in (screened[0] if screened else {}).items() if key != "seed"]
+    made = Counter(row.get("git_revision", "unknown") for row in rows)
+    return [*found, ("git revision: cells", ", ".join(f"{revision}: {count}" for revision, count in made.items()))]
 
 
 def _section(poison: Poison, rows: list[Row]) -> str:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks import poisoning_defences
-from benchmarks.poisoning_arms import ARMS, Size, caught, judge, stages, train
-from benchmarks.poisons import POISONS, Poison, Poisoned, apply, subset, with_training
+from benchmarks.poisoning_arms import ARMS, Size, caught, judge, judged_on, stages, train
+from benchmarks.poisons import KNOWLEDGE, POISONS, Poison, Poisoned, apply, subset, with_training
 from training.data import Dataset
 from training.plan import costs
 from training.pretrain import Alone
@@ -66,7 +66,10 @@ class Study:
         self.revision = git_revision()  # of what was loaded, whatever is committed while it runs
         # Cells without screening don't depend on how it is done, so screened cells say that themselves.
         shared = {name: value for name, value in asdict(size).items() if not name.startswith("screen_")}
-        self.settings = {"size": shared, "training_sha256": self.dataset.digest, "test_sha256": dataset.test_digest}
+        (proxy,) = [arm for arm in ARMS if arm.kind == "adversarial"]
+        attacker = {**KNOWLEDGE, "proxy": asdict(size.recipe(proxy, self.dataset).experts[0])}
+        digests = {"training_sha256": self.dataset.digest, "test_sha256": dataset.test_digest}
+        self.settings = json.loads(json.dumps({"size": shared, "attacker": attacker, **digests}))
         (out / "cells").mkdir(parents=True, exist_ok=True)
         with locked(out / "settings.lock", wait=True):
             path = out / "settings.json"
@@ -106,11 +109,14 @@ class Study:
         minutes = {"training": _minutes_since(began, resumed), "screening": screening_minutes}
         if arm.kind == "partition":
             experts = self.size.recipe(arm, dataset).architecture.num_experts
-            found["certified"] = poisoning_defences.certified(network, experts, dataset.test, self.worker.device)
+            test = judged_on(dataset.test, self.size)
+            found["certified"] = poisoning_defences.certified(network, experts, test, self.worker.device)
         return {
             **judge(network, dataset.test, self.size, self.worker.device),
             **found,
             "poisoned": int(poisoned.touched.sum()),
+            "training_images": len(dataset.train),
+            "training_sha256": dataset.digest,
             "rolled_back": sorted({row["stage"] for row in RunFolder(folder).metrics() if row.get("event") == "rollback"}),
             "minutes": minutes,
             "threads": torch.get_num_threads(),

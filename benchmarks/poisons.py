@@ -30,6 +30,8 @@ COLOUR = (255, 0, 255)
 EPSILON = 16 / 255
 """L-inf radius within which a clean-label poison is perturbed before the patch is laid, in `[0, 1]` pixel units."""
 STEPS = 20
+KNOWLEDGE = {"target": TARGET, "patch": PATCH, "margin": MARGIN, "colour": COLOUR, "epsilon": EPSILON, "steps": STEPS}
+"""What the poisons of a study have in common."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import poisoning, poisoning_report
+from benchmarks import poisoning, poisoning_plots, poisoning_report
 from benchmarks.poisoning_arms import ARMS, Size, caught, judge
 from benchmarks.poisoning_study import Cell, Study, locked
-from benchmarks.poisons import POISONS, TARGET, Poison, Poisoned, apply, patched, subset, triggered
+from benchmarks.poisons import KNOWLEDGE, POISONS, TARGET, Poison, Poisoned, apply, patched, subset, triggered
 from model.architecture import Architecture
 from model.mixture import Mixture
 from tests.conftest import colour_arrays
@@ -25,6 +25,7 @@ from training.loading import load_dataset
 from training.pretrain import Alone
 from training.screening.screening import DETECTORS
 from training.stage import Trainer
+from training.worker import Worker
 
 FLIPS, PAIRS = Poison("flips", "random flips", 0.2), Poison("pairs", "pair flips", 0.2)
 PATCH, CLEAN_LABEL = Poison("patch", "patch", 0.05), Poison("clean label", "clean label", 0.25)
@@ -175,6 +176,35 @@ def test_what_screening_sets_aside_does_not_shorten_the_training(dataset: Datase
         assert taken[1] == pytest.approx(taken[0])
 
 
+def test_every_arm_trains_as_it_is_called(dataset: Dataset) -> None:
+    size = Size(images=300, holdout=30)
+    recipes = {arm.name: size.recipe(arm, dataset) for arm in ARMS}
+    families = {name: [expert.family for expert in recipe.experts] for name, recipe in recipes.items()}
+    nine = ["benign", *["fgsm"] * 4, *["pgd"] * 4]
+    assert families.pop("plain network") == ["benign"]
+    assert families.pop("adversarially trained network") == ["pgd"]
+    assert all(each == nine for each in families.values())
+    options = {name: (recipe.bag, recipe.joint.trim, recipe.joint.mixup) for name, recipe in recipes.items()}
+    stated = {"mixture, bags of a half": (0.5, 0, 0), "mixture, a fifth trimmed": (0, 0.2, 0), "mixture, mixup": (0, 0, 1)}
+    assert {name: option for name, option in options.items() if any(option)} == stated
+    for recipe in recipes.values():
+        assert (recipe.pretrain.trim, recipe.pretrain.mixup) == (recipe.joint.trim, recipe.joint.mixup)
+    seen = {"mixture": 1.0, "mixture, bags of a half": 0.5, "partitions, vote": 1 / 9}
+    steps = {name: recipes[name].pretrain.epochs * share for name, share in seen.items()}
+    assert steps == {name: pytest.approx(size.epochs) for name in seen}
+
+
+def test_a_study_of_other_poisons_is_not_gone_on_with(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study() -> Study:
+        return Study(tmp_path, load_dataset(str(file)), Size(images=60, holdout=6), Worker(torch.device("cpu")))
+
+    study()
+    study()
+    monkeypatch.setitem(KNOWLEDGE, "patch", 4)
+    with pytest.raises(SystemExit, match="holds cells of other settings"):
+        study()
+
+
 def test_cells_screened_in_different_ways_are_not_averaged(tmp_path: Path) -> None:
     rows = [row("mixture, screened", "clean", seed, screeners={"epochs": seed // 2, "seed": seed}) for seed in range(3)]
     settings = {"size": {"images": 60, "width": 4}}
@@ -261,10 +291,12 @@ def test_the_experts_of_partitions_vote_and_certify(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
     chosen = ("--arms", "partitions, vote", "--attacks", "BadNets 1 %", "--images", "180", "--holdout", "9", "--epochs", "0.1")
+    chosen += ("--judged", "20")
     run(file, tmp_path, monkeypatch, *chosen)
     (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert len(found["certified"]) == 5
     assert found["certified"][0] == pytest.approx(found["clean"])
+    assert found["images"]["clean"] == 20
     assert found["certified"] == sorted(found["certified"], reverse=True)
     assert found["poisoned"] == 2
     assert "certified" in (tmp_path / "report.html").read_text()
@@ -281,7 +313,16 @@ def test_the_screened_mixture_says_what_each_detector_found(
     assert set(found["detectors"]) == set(DETECTORS)
     assert found["caught"] >= max(each["caught"] for each in found["detectors"].values())
     assert found["clean_quarantined"] <= sum(each["clean_quarantined"] for each in found["detectors"].values()) + 1e-9
-    assert "What found the poison" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "What found the poison" in page
+    assert "screening: epochs" in page
+    assert found["git_revision"] in page
+    with np.load(next((tmp_path / "screenings").glob("*.npz"))) as kept:
+        quarantined = kept["quarantined"]
+    assert quarantined.any()
+    poisoned = apply(POISONS[2], subset(load_dataset(str(file)), 240), 0).dataset
+    assert found["training_images"] == 240 - quarantined.sum()
+    assert found["training_sha256"] == poisoned.without(torch.from_numpy(np.flatnonzero(quarantined))).digest
     (record,) = (tmp_path / "cells").glob("*.json")
     record.unlink()
     monkeypatch.setattr("benchmarks.poisoning_defences.screened", None)  # the cell is trained again, not screened
@@ -316,7 +357,8 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(
 
 def row(arm: str, attack: str, seed: int = 0, **figures: Any) -> dict[str, Any]:
     minutes = {"training": 2.0, "screening": None}
-    base = {"clean": 0.5, "robust": 0.25, "backdoor": 0.03, "pair": 0.1, "minutes": minutes}
+    images = {"clean": 5000, "robust": 500, "backdoor": 4500, "pair": 5000}
+    base = {"clean": 0.5, "robust": 0.25, "backdoor": 0.03, "pair": 0.1, "images": images, "minutes": minutes}
     return {"arm": arm, "attack": attack, "seed": seed, **base, **figures}
 
 
@@ -340,13 +382,49 @@ def test_the_table_pairs_what_is_lost_by_seed() -> None:
     second = row("mixture, screened", "flips 20 %", 1, clean=0.61)
     by_seed = "data 62.0 %: it loses 1.0 points (aim: at most 2; by seed: -1.0, 3.0)"
     assert by_seed in poisoning_report.verdicts([*rows, second])[0]
-    assert "caught 87.5 % of those flips (aim: at least 85) and put 4.0 % of the clean images aside" in said
-    label = [row(arm, "clean-label backdoor", backdoor=0.1) for arm in ("plain network", "adversarially trained network")]
-    assert "here it does not: 10.0 % against 10.0 % of" in " ".join(poisoning_report.verdicts(label))
-    label[1]["backdoor"] = 0.3
-    assert "here it does: 30.0 % against 10.0 % of" in " ".join(poisoning_report.verdicts(label))
+    caught_ = (
+        "caught 87.5 % of those flips (aim: at least 85) and put 4.0 % of the clean images aside (aim: at most 5) with seed 0,"
+    )
+    assert f"{caught_} on which the detectors' shares were chosen" in said
+    second.update(caught=0.5, clean_quarantined=0.02)
+    both = " ".join(poisoning_report.verdicts([*rows, second]))
+    assert caught_ in both
+    assert (
+        "caught 50.0 % of those flips (aim: at least 85) and put 2.0 % of the clean images aside (aim: at most 5) with seeds"
+        in both
+    )
+    label = [row("mixture", "clean")]
     collapsed = " ".join(poisoning_report.verdicts([row("mixture", "clean", 2, rolled_back=["expert-3"]), *label]))
     assert "was rolled back to its best weights, in: mixture, clean, seed 2." in collapsed
     votes = row("partitions, vote", "clean", certified=[0.5, 0.25, 0.0])
     assert "have 50.0, 25.0, 0.0 % right for certain" in " ".join(poisoning_report.verdicts([votes]))
     assert poisoning_report.verdicts([]) == ["Nothing has been measured yet."]
+
+
+@pytest.mark.parametrize(
+    ("plain", "adversarial", "said"),
+    [
+        (0.04, 0.10, "so this run can't tell"),  # as often as without poison
+        (0.30, 0.95, "here it does:"),
+        (0.95, 0.30, "here it does not:"),
+        (0.30, 0.37, "here it does not:"),  # as much more than without poison
+    ],
+)
+def test_a_clean_label_backdoor_is_compared_beyond_what_the_patch_does_alone(
+    plain: float, adversarial: float, said: str
+) -> None:
+    rows = [
+        row(arm, attack, backdoor=share)
+        for arm, alone, poisoned in (("plain network", 0.03, plain), ("adversarially trained network", 0.10, adversarial))
+        for attack, share in (("clean", alone), ("clean-label backdoor", poisoned))
+    ]
+    assert said in " ".join(poisoning_report.verdicts(rows))
+    assert f"{100 * plain:.1f} % (3.0 % on clean data) in the plain one" in " ".join(poisoning_report.verdicts(rows))
+    assert not [verdict for verdict in poisoning_report.verdicts(rows[1:]) if "clean-label backdoors succeed" in verdict]
+
+
+def test_what_was_not_measured_has_no_bar() -> None:
+    rows = [row("mixture", "BadNets 1 %", backdoor=0.9), row("plain network", "clean"), row("mixture, screened", "BadNets 1 %")]
+    arms, heights = poisoning_plots.bars(rows)
+    assert arms == ["mixture", "mixture, screened"]
+    assert heights == {"clean": {}, "BadNets 1 %": {"mixture": 0.9, "mixture, screened": 0.03}, "clean-label backdoor": {}}
