@@ -91,12 +91,13 @@ def _draw_backdoors(rows: list[Row]) -> bytes | None:
     for number, (attack, known) in enumerate(heights.items()):
         places = [arms.index(arm) + 0.27 * (number - 1) for arm in known]
         label = "no poison" if attack == "clean" else attack
-        axes.bar(places, [100 * share for share in known.values()], 0.25, label=label, color=f"C{number}")
+        if known:
+            axes.bar(places, [100 * share for share in known.values()], 0.25, label=label, color=f"C{number}")
     axes.set_xticks(
         np.arange(len(arms)), [name.replace(", ", ",\n").replace("trained ", "trained\n") for name in arms], fontsize=8
     )
     axes.set(ylabel="patched images taken for the target, %", ylim=(0, 100))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure_.tight_layout()
     return _png(figure_)
 

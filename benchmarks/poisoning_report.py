@@ -206,7 +206,8 @@ def _uncertainty(rows: list[Row]) -> list[str]:
         f"How sure: a share of {images['clean']:,} test images is known to {spans['clean']:.1f} points either way or better "
         f"(95 %), one of the {images['robust']:,} under PGD-10 to {spans['robust']:.1f}. That is the chance of the test images "
         "alone; where there are several seeds, their range, which has training's chance in it, stands beside the mean. PGD-10 "
-        f"takes ten steps of 2/255 within 8/255, in float32. {SURROGATE}"
+        "takes ten steps of 2/255 within 8/255, in float32.",
+        *([f"Of partitions: {SURROGATE}"] if any(row.get("certified") for row in rows) else []),
     ]
 
 
