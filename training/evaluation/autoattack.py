@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +75,7 @@ class Ensemble:
 
 
 class Journal:
-    """The finished batches of a run, a line of JSON each, so that a killed run can go on.
+    """What level ``full`` has finished, a line of JSON for each batch or row, so that a killed run can go on.
 
     Args:
         path: The file; made if there is none.
@@ -98,8 +99,8 @@ class Journal:
                 self._done[record["attack"], tuple(record["images"])] = record["right"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it to start again") from error
-        if found != key:
-            names = [name for name in key if not isinstance(found, dict) or found.get(name) != key[name]]
+        names = [name for name in key if not isinstance(found, dict) or found.get(name) != key[name]]
+        if names:
             raise ValueError(
                 f"{path} belongs to another evaluation ({', '.join(names)} differ): choose another --out, or delete it"
             )
@@ -111,6 +112,15 @@ class Journal:
     def add(self, attack: str, images: list[int], right: list[bool]) -> None:
         """Note which of a batch's images are right after an attack."""
         self._append({"attack": attack, "images": images, "right": right})
+
+    def remember(self, what: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return ``(N,)`` booleans of all images: those that were noted under this name, or what is measured and noted now."""
+        for (name, _), right in self._done.items():
+            if name == what:
+                return torch.tensor(right)
+        found = measure()
+        self.add(what, list(range(len(found))), found.tolist())
+        return found
 
     def _complete_lines(self) -> list[bytes]:
         """Return the lines that were written to their end, and cut off one that a kill left half-written."""
@@ -139,7 +149,6 @@ def open_journal(folder: Path, ensemble: Ensemble, bench: Bench, header: Header,
         "n": len(bench),
         "seed": bench.seed,
         "batch_size": bench.batch_size,
-        "attacks": list(ensemble.attacks),
         "epsilon": ensemble.epsilon,
         "queries": ensemble.queries,
         "pyautoattack": version("pyautoattack"),

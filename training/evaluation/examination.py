@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from training.evaluation.sanity import Finding
 from training.evaluation.significance import Correct, interval
 from training.measure import Bench
 
+Remember = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
+
+
+def forget(what: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Measure: where nothing is written, nothing is remembered."""
+    del what
+    return measure()
+
 
 @dataclass
 class Examination:
@@ -31,6 +40,7 @@ class Examination:
             held-out images, and other checkpoints.
         bench: The images.
         correct: What is known already, from level ``quick``; filled up.
+        remember: Returns what was measured under a name before a kill, or measures it.
     """
 
     mixture: Mixture
@@ -38,6 +48,7 @@ class Examination:
     rivals: Sequence[str]
     bench: Bench
     correct: Correct
+    remember: Remember
 
     def run(self) -> dict[str, Any]:
         """Measure everything and return what is not in ``correct``, as JSON values."""
@@ -65,7 +76,8 @@ class Examination:
         names = ("mixture", *self.rivals)
         wanted = [(name, attack) for name in names for attack in STANDARD if attack not in self.correct[name]]
         for name, attack in tqdm(wanted, desc="attack", unit="run", dynamic_ncols=True):
-            self.correct[name][attack] = self.bench.correct(self.networks[name], STANDARD[attack])
+            measure = partial(self.bench.correct, self.networks[name], STANDARD[attack])
+            self.correct[name][attack] = self.remember(f"{name}, {STANDARD[attack]}", measure)
 
     def _attack_top_k(self) -> None:
         """Attack hard routing through itself."""
@@ -73,7 +85,7 @@ class Examination:
             network = routed(self.mixture, k)
             self.correct[f"top {k}"] = {
                 "clean": self.bench.judge(network),
-                "PGD-20": self.bench.correct(network, PGD_20),
+                "PGD-20": self.remember(f"top {k}, {PGD_20}", partial(self.bench.correct, network, PGD_20)),
             }
 
     @property
@@ -91,7 +103,9 @@ class Examination:
         """Return, by expert, which images that were crafted on it the mixture gets right."""
         experts = [name for name in self.networks if name.startswith("expert ")]
         return {
-            name: self.bench.correct(self.mixture, PGD_20, crafted_on=self.networks[name])
+            name: self.remember(
+                f"from {name}, {PGD_20}", partial(self.bench.correct, self.mixture, PGD_20, crafted_on=self.networks[name])
+            )
             for name in tqdm(experts, desc="transfer", unit="expert", dynamic_ncols=True)
         }
 

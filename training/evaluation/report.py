@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from training.evaluation import autoattack, sanity
 from training.evaluation.autoattack import Ensemble, Journal
 from training.evaluation.certified import SURROGATE, certified_accuracy
 from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from training.evaluation.examination import Examination
+from training.evaluation.examination import Examination, Remember, forget
 from training.evaluation.levels import EPSILON, QUICK, STANDARD
 from training.evaluation.networks import networks, others
 from training.evaluation.outputs import write
@@ -74,8 +76,8 @@ def evaluate_checkpoint(
     # The same function but for rounding, with fewer passes over memory in every step of an attack.
     mixture = fold_batch_norms(load_checkpoint(checkpoint, device)).to(memory_format=torch.channels_last)
     exact_float32()
-    after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}  # first, as nothing else survives a kill
-    results = _measure(mixture, against, header, dataset, bench, request)
+    results = _measure(mixture, against, header, dataset, bench, request, journal)
+    after = autoattack.run(mixture, bench, ensemble, journal) if journal else {}
     results["compared"] = {name: _told(other) for name, other in zip(against, headers, strict=True)}
     if after:
         results["autoattack"] = autoattack.to_json(after, ensemble)
@@ -93,19 +95,38 @@ def evaluate_checkpoint(
 
 
 def _measure(
-    mixture: Mixture, against: dict[str, LogProbs], header: Header, dataset: Dataset, bench: Bench, request: Request
+    mixture: Mixture,
+    against: dict[str, LogProbs],
+    header: Header,
+    dataset: Dataset,
+    bench: Bench,
+    request: Request,
+    journal: Journal | None,
 ) -> dict[str, Any]:
     """Return the figures of the level that was asked for, but for what level ``full`` adds."""
     compared = {**networks(mixture), **against}
     best = _best_expert(header, dataset, compared, bench.device, bench.seed)
+    remember = _remembered(journal, request, against) if journal else forget
     correct: Correct = {
-        name: {attack: bench.correct(network, what) for attack, what in QUICK.items()}
+        name: {attack: remember(f"{name}, {what}", partial(bench.correct, network, what)) for attack, what in QUICK.items()}
         for name, network in tqdm(compared.items(), desc="evaluate", unit="network", dynamic_ncols=True)
     }
     rivals = ["uniform average", *([best] if best else []), *against]
-    more = {} if request.level == "quick" else Examination(mixture, compared, rivals, bench, correct).run()  # fills correct
+    examination = Examination(mixture, compared, rivals, bench, correct, remember)
+    more = {} if request.level == "quick" else examination.run()  # fills correct
     record = _record(header, dataset, bench, request, correct, best)
     return {**record, "paired_tests": paired_tests(correct, rivals), **more, **_certified(header, mixture, bench)}
+
+
+def _remembered(journal: Journal, request: Request, against: dict[str, LogProbs]) -> Remember:
+    """Return what looks things up in the journal: other checkpoints' by their weights, as another may take a file's place."""
+    headers = dict(zip(against, map(read_header, request.compare), strict=True))
+
+    def remember(what: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        whose = [header for name, header in headers.items() if what.startswith(f"{name}, ")]
+        return journal.remember(" ".join([*(f"{each.weights_sha256} {each.top_k}" for each in whose), what]), measure)
+
+    return remember
 
 
 def _stamp(checkpoint: str | Path, results: dict[str, Any]) -> None:

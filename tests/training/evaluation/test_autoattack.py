@@ -130,6 +130,18 @@ def test_a_killed_run_goes_on_after_its_last_finished_batch(network: Linear, tmp
     assert all(torch.equal(finished[attack], right) for attack, right in expected.items())
 
 
+def test_a_run_can_be_extended_by_more_attacks(network: Linear, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    expected = run(network, tmp_path / "whole", ("apgd-ce", "square"))
+    run(network, tmp_path, ("apgd-ce",))
+    more, all_ = Mortal(network, -1), Mortal(network, -1)
+    extended = run(network, tmp_path, ("apgd-ce", "square"), more)
+    assert all(torch.equal(extended[attack], right) for attack, right in expected.items())
+    (tmp_path / "again").mkdir()
+    run(network, tmp_path / "again", ("apgd-ce", "square"), all_)
+    assert 0 < more.calls < all_.calls  # Square's alone
+
+
 def test_a_line_that_a_kill_left_half_written_is_done_again(network: Linear, tmp_path: Path) -> None:
     expected = run(network, tmp_path, ("apgd-ce",))
     path = tmp_path / "autoattack.jsonl"
@@ -141,9 +153,7 @@ def test_a_line_that_a_kill_left_half_written_is_done_again(network: Linear, tmp
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "other", [{**KEY, "seed": 1}, {**KEY, "checkpoint_sha256": "b"}, {**KEY, "attacks": ["square"]}], ids=str
-)
+@pytest.mark.parametrize("other", [{**KEY, "seed": 1}, {**KEY, "checkpoint_sha256": "b"}, {**KEY, "queries": 9}], ids=str)
 def test_the_record_of_another_run_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     path = tmp_path / "autoattack.jsonl"
     Journal(path, KEY).add("clean", [0, 1], [True, False])
@@ -170,7 +180,7 @@ HEADER = Header(Architecture(width=4), tuple("abcdefghij"), "c0ffee", top_k=2)
 def test_the_record_says_what_it_depends_on(network: Linear, tmp_path: Path) -> None:
     autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, HEADER, "da7a")
     key = json.loads((tmp_path / "autoattack.jsonl").read_text())["key"]
-    assert (key["checkpoint_sha256"], key["test_sha256"], key["attacks"], key["n"]) == ("c0ffee", "da7a", ["square"], 60)
+    assert (key["checkpoint_sha256"], key["test_sha256"], key["n"]) == ("c0ffee", "da7a", 60)
     assert (key["epsilon"], key["queries"], key["seed"]) == (EPSILON, 50, 0)
     assert (key["top_k"], key["architecture"]["activation"]) == (2, "relu")  # the same weights can be another network
     autoattack.open_journal(tmp_path, Ensemble(("square",), EPSILON, 50), network.bench, HEADER, "da7a")

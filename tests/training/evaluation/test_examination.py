@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from model.architecture import Architecture
 from model.checkpoint import Header, load_checkpoint, read_header, save_checkpoint
 from model.mixture import Mixture
-from training.attack import Attack, frozen_statistics, perturb
+from training.attack import Attack, LogProbs, frozen_statistics, perturb
 from training.cli import main
 from training.evaluation import curves, examination, report, sanity
 from training.evaluation.examination import Examination
 from training.evaluation.levels import QUICK, STANDARD
 from training.loading import load_dataset
+from training.measure import Bench
 
 SHADES = ("red", "green", "blue", "grey")
 
@@ -250,6 +252,43 @@ def test_the_full_level_runs_the_chosen_attacks_and_goes_on_with_what_is_recorde
     capsys.readouterr()
     assert main([*arguments, "--seed", "1"]) == 1
     assert "another evaluation (seed differ)" in capsys.readouterr().err
+
+
+def test_a_full_evaluation_that_was_killed_measures_nothing_twice(
+    trained: Trained, tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, correct, calls = tmp_path / "other.safetensors", Bench.correct, list[str]()
+
+    def counted(bench: Bench, network: LogProbs, attack: Attack | None, crafted_on: LogProbs | None = None) -> torch.Tensor:
+        calls.append(str(attack))
+        if len(calls) == lives:
+            raise KeyboardInterrupt
+        return correct(bench, network, attack, crafted_on)
+
+    def measured(folder: str) -> dict[str, Any]:
+        calls.clear()
+        shared = ("--n", "4", "--level", "full", "--attacks", "apgd-ce", "--compare", str(other))
+        main(trained.command(*shared, "--out", str(tmp_path / folder)))
+        return reported(tmp_path / folder)["accuracy"] if lives < 0 else {}
+
+    monkeypatch.setattr(Bench, "correct", counted)
+    shutil.copy(trained.checkpoint, other)
+    lives = -1
+    expected, whole = measured("whole"), len(calls)
+    lives = whole - 3
+    measured("killed")
+    lives = -1
+    assert measured("killed") == expected
+    assert 3 < len(calls) < whole / 2  # what chooses the single expert, and the sanity checks
+    assert str(STANDARD["PGD-50x2"]) not in calls
+    save_checkpoint(other, load_checkpoint(other).requires_grad_(False).apply(halved), read_header(other))
+    measured("whole")
+    assert calls.count(str(STANDARD["PGD-50x2"])) == 1  # other weights in a file of that name
+
+
+def halved(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.Linear):
+        module.weight.mul_(0.5)
 
 
 def test_corruptions_are_measured_when_asked_for(standard: Path) -> None:
