@@ -14,11 +14,12 @@ JOINT_2 = --data $(DATA) --run runs/compact-2 --init runs/compact/joint.checkpoi
 JOINT_3 = --data $(DATA) --run runs/compact-3 --init runs/compact-2/joint.checkpoint --set joint.epochs=4 \
 	--set joint.peak_lr=0.02 --set loss.experts=0.2
 
-# Of `make train-full`: where, and after how many minutes a command ends to be given again.
+# Of `make train-full`: where, and after how many minutes it ends to be given again.
 DEVICE ?= cuda
 MINUTES ?=
-SLICE = $(BIN)/palisade-train slice --data $(DATA) --device $(DEVICE) $(if $(filter cuda%,$(DEVICE)),--compile) \
-	$(if $(MINUTES),--minutes $(MINUTES))
+# Given, nothing is installed: TRAIN="python3 -m training.cli" on a machine without a package index.
+TRAIN ?= $(BIN)/palisade-train
+READY := $(if $(filter file,$(origin TRAIN)),setup)
 
 # Where it is set, each of the many processes of the tests compiles torch anew: 20 s instead of 3.
 unexport PYTHONDONTWRITEBYTECODE
@@ -70,16 +71,18 @@ train-compact: setup ## train the embedded checkpoint anew; DATA=file.npz instea
 	$(BIN)/palisade-train evaluate --data $(DATA) --checkpoint compact --stamp
 
 .PHONY: train-full
-train-full: setup ## train the full-size mixture, its rivals and its pupil on a GPU; resumes; MINUTES=8 for slices
-	for recipe in full wide single; do $(SLICE) --recipe $$recipe --run runs/$$recipe \
-		--parts runs/$$recipe/parts --out runs/$$recipe.safetensors || exit; done
-	$(SLICE) --recipe compact --run runs/untaught --parts runs/untaught/parts --out runs/untaught.safetensors
-	$(SLICE) --recipe compact --teacher runs/full.safetensors --run runs/taught --parts runs/taught/parts \
-		--out runs/taught.safetensors
+train-full: $(READY) ## train the full-size mixture, its rivals and its pupil on a GPU; resumes; MINUTES=8 for slices
+	began=$$(date +%s); train() { name=$$1; shift; [ ! -e runs/$$name.safetensors ] || return 0; \
+		left=$$(($(or $(MINUTES),525600) * 60 + began - $$(date +%s))); [ $$left -gt 0 ] || exit 75; \
+		$(TRAIN) slice --data $(DATA) --device $(DEVICE) $(if $(filter cuda%,$(DEVICE)),--compile) \
+			--minutes $$(awk "BEGIN{print $$left / 60}") --run runs/$$name --parts runs/$$name/parts \
+			--out runs/$$name.safetensors "$$@" || exit; }; \
+	for recipe in full wide single; do train $$recipe --recipe $$recipe; done; \
+	train untaught --recipe compact; train taught --recipe compact --teacher runs/full.safetensors
 
 .PHONY: judge-full
-judge-full: setup ## attack all that train-full made; each report stands alone, AutoAttack resumes
-	failed=0; judge() { name=$$1; shift; $(BIN)/palisade-train evaluate --data $(DATA) --device $(DEVICE) --level full --n 1000 \
+judge-full: $(READY) ## attack all that train-full made; each report stands alone and resumes
+	failed=0; judge() { name=$$1; shift; mkdir -p runs/$$name; $(TRAIN) evaluate --data $(DATA) --device $(DEVICE) --level full --n 1000 \
 		--checkpoint runs/$$name.safetensors --out runs/$$name/report "$$@" || failed=$$?; }; \
 	judge full --compare runs/wide.safetensors --compare runs/single.safetensors; \
 	judge taught --compare runs/untaught.safetensors; \

@@ -115,7 +115,9 @@ def start(
     started = []
     for name in names:
         try:
-            started.append(stack.enter_context(Stopwatch(name, options.checkpoint, options.device, top_k, file=file)))
+            largest = max(options.batch_sizes)
+            watch = Stopwatch(name, options.checkpoint, options.device, top_k, file=file, max_batch_size=largest)
+            started.append(stack.enter_context(watch))
         except ExecutionFailedError as error:
             print(f"left out: {error}", file=sys.stderr)
     return started

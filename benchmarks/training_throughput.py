@@ -1,6 +1,7 @@
 """How fast experts train: images/s of forward and backward, and the share of the matrix rate that this is.
 
-    python -m benchmarks.training_throughput [--device cpu] [--widths 8,16,64] [--batch 128] [--seconds 3] [--compile]
+    python -m benchmarks.training_throughput [--device cpu] [--widths 8,16,64] [--precisions float32,bfloat16]
+        [--batch 128] [--seconds 3] [--compile]
 
 For every width and precision, and compiled if ``--compile`` is given: one forward and backward with the gradients of all
 parameters (a training pass), and one with the gradient of the images alone (an attack's step). The share is the network's
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--widths", default="8,16,64")
+    parser.add_argument("--precisions", default=",".join(DTYPES))
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=3.0, help="per figure")
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks")
@@ -37,12 +39,13 @@ def main() -> None:
     device = torch.device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # as matrix products are: both float32 figures are of float32
     torch.backends.cudnn.benchmark = True
-    rates = {name: matrix_rate(dtype, device, options.seconds) for name, dtype in DTYPES.items()}
+    dtypes = {name: DTYPES[name] for name in options.precisions.split(",")}
+    rates = {name: matrix_rate(dtype, device, options.seconds) for name, dtype in dtypes.items()}
     for name, rate in rates.items():
         print(f"matrix product, {name}: {rate / 1e12:.2f} TFLOP/s")
     rows = []
     for width in map(int, options.widths.split(",")):
-        for name, dtype in DTYPES.items():
+        for name, dtype in dtypes.items():
             for compiled in (False, True) if options.compile else (False,):
                 row = {"width": width, "dtype": name, "compiled": compiled, "batch": options.batch}
                 row |= measure(width, dtype, device, options.batch, options.seconds, compiled=compiled)
@@ -80,9 +83,11 @@ def measure(
 
     flops = {"training": operations(training) / batch, "attack": operations(attack) / batch}
     if compiled:
-        network.compile()
+        network.compile(dynamic=False)
     found: dict[str, float] = {}
     for name, run in (("training", training), ("attack", attack)):
+        if name == "attack":
+            network.eval().requires_grad_(False)  # or compiled code would compute the parameters' gradients, too
         found[f"{name}_images_per_s"] = batch * rate(run, device, seconds)
         found[f"{name}_flops"] = flops[name]
     return found

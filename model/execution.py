@@ -123,6 +123,7 @@ def _make_torch(
 
     if threads:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does in the graphs and in an evaluation
     mixture = load_checkpoint(checkpoint, device)
     mixture.top_k = top_k
     made: dict[str, Execution] = {}

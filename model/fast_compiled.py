@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ FREEZING = {"freezing": True}
 """Weights become constants, so that the compiler lays them out once the way the processor's convolutions want them."""
 
 # Isolated, or the mixtures of one process would share one limit of compilations, past which torch runs uncompiled.
-_COMPILE: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": FREEZING}
+_ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}  # not in 2.11
+_COMPILE: dict[str, Any] = {"fullgraph": True, "options": FREEZING, **_ISOLATED}
 
 _SIZES = (1, 2, 16)
 """Batch sizes to compile for: torch compiles 1 apart, as it broadcasts, and on a CPU chooses convolutions anew from 16 on."""

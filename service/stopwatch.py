@@ -47,18 +47,26 @@ class Stopwatch:
         top_k: How many experts run per image; ``None`` means all.
         threads: CPU threads; 0 means all cores.
         file: What the execution is loaded from, if it is loaded from a file.
+        max_batch_size: Images of the largest CUDA graph.
 
     Raises:
         ExecutionFailedError: It cannot be made.
     """
 
     def __init__(
-        self, name: str, checkpoint: str, device: str, top_k: int | None = None, threads: int = 0, file: Path | None = None
+        self,
+        name: str,
+        checkpoint: str,
+        device: str,
+        top_k: int | None = None,
+        threads: int = 0,
+        file: Path | None = None,
+        max_batch_size: int = 64,
     ) -> None:
         self._start(name)
         made = {"name": name, "checkpoint": checkpoint, "device": device, "top_k": top_k, "threads": threads}
         try:
-            self._ask({**made, "file": file and str(file)})
+            self._ask({**made, "file": file and str(file), "max_batch_size": max_batch_size})
         except BaseException:
             self.close()
             raise
@@ -164,6 +172,7 @@ class _Reference:
 
         if threads:
             torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # as in what is compared with it
         self.device, self.dtype = torch.device(device), getattr(torch, name.removeprefix("reference-"))
         self.mixture = load_checkpoint(checkpoint, device).to(self.dtype).to(memory_format=torch.channels_last)
         self.mixture.top_k = top_k
@@ -207,13 +216,13 @@ class _Watched:
         name, checkpoint = request.pop("name"), request.pop("checkpoint")
         architecture = read_header(checkpoint).architecture
         self._shape = (3, architecture.height, architecture.input_width)
-        file = request.pop("file")
+        file, most = request.pop("file"), request.pop("max_batch_size")
         self._execution: Execution
         if name in REFERENCES:
             self._execution = _Reference(name, checkpoint, **request)
         else:
             files = {name: Path(file)} if file else {}
-            self._execution = make_executions([name], checkpoint, **request, files=files)[name]
+            self._execution = make_executions([name], checkpoint, **request, max_batch_size=most, files=files)[name]
 
     def answer(self, request: Request) -> object:
         if request["do"] == "rate":

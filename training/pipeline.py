@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +24,9 @@ from training.run_folder import RunFolder, git_revision
 from training.stage import Stage, run_stage, total_steps
 from training.teacher import Teacher
 from training.worker import StopRequested, Worker
+
+KEPT = ("config.json", "metrics.jsonl")
+"""What a run folder leaves beside the parts of its weights."""
 
 
 class Run:
@@ -116,8 +120,8 @@ class Run:
     def slice(self, parts: Path, out: Path) -> Header:
         """Do all of the above until the worker is asked to stop, leaving every stage's weights as parts in ``parts``.
 
-        A stage whose state the run folder lacks is taken up from its parts: a finished one as it is, one that was cut short
-        with its averaged weights and without momentum.
+        So are the log and the configuration. A stage whose state the run folder lacks is taken up from its parts: a finished
+        one as it is, one that was cut short with its averaged weights and without momentum.
         """
         self._take_up(parts)
         try:
@@ -235,6 +239,9 @@ class Run:
 
     def _take_up(self, parts: Path) -> None:
         if self.worker.first:
+            for name in KEPT:
+                if (parts / name).exists() and not (self._folder.path / name).exists():
+                    shutil.copy(parts / name, self._folder.path / name)
             for name, settings in self._settings().items():
                 state, manifest = self._folder.path / f"{name}.safetensors", parts / f"{name}.safetensors.manifest.json"
                 if state.exists() or not manifest.exists():
@@ -258,6 +265,9 @@ class Run:
                 split(light.path / f"{name}.safetensors", parts)
                 (light.path / f"{name}.safetensors").unlink()
         light.path.rmdir()
+        for name in KEPT:
+            if (self._folder.path / name).exists():
+                shutil.copy(self._folder.path / name, parts / name)
         self.worker.wait()
 
     def _write_config(self) -> None:

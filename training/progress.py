@@ -32,6 +32,9 @@ class Progress:
         self._network, self._schedule, self._name, self._settings = network, schedule, name, settings
         self.optimiser = Optimiser(network, schedule)
         self.averaged: nn.Module = copy.deepcopy(network).requires_grad_(False)
+        # Looked up once: all that changes them does so in place, and walking a mixture's names takes longer than averaging it.
+        pairs = list(zip(self.averaged.state_dict().values(), network.state_dict().values(), strict=True))
+        self._pairs = [[pair for pair in pairs if pair[0].is_floating_point() == floating] for floating in (True, False)]
         self.best_robust = 0.0
         self.rollbacks = 0
         """How often :meth:`judge` rolled back."""
@@ -47,15 +50,9 @@ class Progress:
         """
         start = math.ceil(self._schedule.swa_from * steps)
         decay = min(self._schedule.ema_decay, (1 + step) / (10 + step)) if step < start else 1 - 1 / (step - start + 1)
-        current = self._network.state_dict()
-        floating, towards = [], []
-        for name, value in self.averaged.state_dict().items():
-            if value.is_floating_point():
-                floating.append(value)
-                towards.append(current[name])
-            else:
-                value.copy_(current[name])
+        (floating, towards), (counts, current) = ([list(side) for side in zip(*pairs, strict=True)] for pairs in self._pairs)
         torch._foreach_lerp_(floating, towards, 1 - decay)
+        torch._foreach_copy_(counts, current)
 
     def judge(self, robust: float, images: int) -> bool:
         """Keep the averaged weights if they are the best so far; roll back and return ``True`` if robustness collapsed.

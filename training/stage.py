@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from training.worker import StopRequested, Worker
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
+SAVE_SECONDS = 30.0
+"""A state is saved after so many steps, but no sooner than so long after the last: a GPU is faster than its disk."""
 TRIM_FROM = 0.3
 """Share of the steps after which losses are trimmed: before, a high loss says more about the network than about the sample."""
 JUDGEMENTS = 4
@@ -86,6 +89,7 @@ def _run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> 
     first = progress.restore(folder)
     if worker.agreed(first) != first:
         raise ValueError(f"{folder.path}: this worker's state is at step {first}, another's is not: share the run folder")
+    saved = time.monotonic()
     bar = tqdm(
         total=steps,
         initial=first,
@@ -106,8 +110,10 @@ def _run_stage(stage: Stage, data: Split, folder: RunFolder, worker: Worker) -> 
             if trainer.judged(done):
                 _judge(stage, progress, folder, done, worker)
             reason = worker.agreed(worker.stop.reason) if done < steps else None
-            if done < steps and worker.first and (reason or done % SAVE_EVERY == 0):
+            due = done % SAVE_EVERY == 0 and time.monotonic() - saved >= SAVE_SECONDS
+            if done < steps and worker.first and (reason or due):
                 progress.save(folder, done)
+                saved = time.monotonic()
             if reason:
                 worker.wait()
                 raise StopRequested(reason)
@@ -145,7 +151,7 @@ class Trainer:
         self._epoch, self._order = -1, torch.empty(0)
         if worker.compile:
             for expert in stage.task.experts():
-                expert.compile()
+                expert.compile(dynamic=False)  # attacks and updates have batches of two sizes, each worth its own code
         self._parallel = worker.parallel(stage.task)
 
     def rate(self, step: int) -> float:

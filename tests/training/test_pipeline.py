@@ -133,6 +133,7 @@ def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return loss(*arguments)
 
     monkeypatch.setattr(training.stage, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training.stage, "SAVE_SECONDS", 0)
     monkeypatch.setattr(training.pretrain, "mixture_cross_entropy", interrupted)
 
 
@@ -304,7 +305,7 @@ def killed(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return loss(*arguments)
 
-training.stage.SAVE_EVERY = 2
+training.stage.SAVE_EVERY, training.stage.SAVE_SECONDS = 2, 0
 training.pretrain.mixture_cross_entropy = killed
 main(sys.argv[1:])
 """
@@ -336,7 +337,7 @@ def test_slices_of_a_run_end_with_the_checkpoint_of_an_unbroken_one(tiny_run: Ti
     assert statuses == [75, 75, 0]  # one step each: a step of expert 8, one of joint training, and the rest is its end
     assert read_header(out).weights_sha256 == read_header(tiny_run.checkpoint).weights_sha256
     assert max(path.stat().st_size for path in parts.iterdir()) <= 16 * 2**20
-    assert {path.name.split(".")[0] for path in parts.iterdir()} == {*STAGES, "out"}
+    assert {path.name.split(".")[0] for path in parts.iterdir()} == {*STAGES, "out", "config", "metrics"}
     manifest, joined = parts / "out.safetensors.manifest.json", tmp_path / "joined.safetensors"
     assert main(["join", str(manifest), "--out", str(joined)]) == 0
     assert joined.read_bytes() == out.read_bytes()
@@ -356,10 +357,12 @@ def test_a_run_is_taken_up_from_its_parts_on_another_machine(
 
     assert main(command(folder, outs[0], "--minutes", "0")) == 75  # in the middle of joint training
     assert "the same command goes on" in capsys.readouterr().err
+    before = RunFolder(folder).metrics()
     shutil.rmtree(folder)
     assert main(command(tmp_path / "elsewhere", outs[0])) == 0
-    again = [row["stage"] for row in RunFolder(tmp_path / "elsewhere").metrics()]
-    assert set(again) == {"joint"}  # the experts came whole
+    after = RunFolder(tmp_path / "elsewhere").metrics()
+    assert after[: len(before)] == before
+    assert {row["stage"] for row in after[len(before) :]} == {"joint"}  # the experts came whole
     shutil.rmtree(tmp_path / "elsewhere")
     assert main(command(tmp_path / "third", outs[1])) == 0  # and so did the mixture
     assert read_header(outs[0]).weights_sha256 == read_header(outs[1]).weights_sha256

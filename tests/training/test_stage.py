@@ -19,6 +19,7 @@ from training.data import Split
 from training.loading import load_dataset
 from training.measure import accuracy_under
 from training.pretrain import Alone, ExpertTask
+from training.progress import Progress
 from training.recipe import ExpertRecipe, Schedule
 from training.run_folder import RunFolder
 from training.stage import Stage, Trainer, learning_rate, run_stage
@@ -39,6 +40,7 @@ def data(colour_file: Path) -> tuple[Split, Split]:
 @pytest.fixture(autouse=True)
 def save_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.stage, "SAVE_EVERY", 3)
+    monkeypatch.setattr(training.stage, "SAVE_SECONDS", 0)
 
 
 class SmallTask(ExpertTask):
@@ -120,6 +122,7 @@ def unbroken(data: tuple[Split, Split], tmp_path_factory: pytest.TempPathFactory
     folder = RunFolder(tmp_path_factory.mktemp("unbroken"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.stage, "SAVE_EVERY", 3)
+        patch.setattr(training.stage, "SAVE_SECONDS", 0)
         return run_stage(make_stage(data[1]), data[0], folder, WORKER), folder
 
 
@@ -151,6 +154,19 @@ def test_a_run_killed_between_logging_and_saving_still_ends_alike(
         run_stage(judged_by(stage, killed), data[0], folder, WORKER)
     resumed = run_stage(make_stage(data[1]), data[0], folder, WORKER)
     assert same(resumed.state_dict(), unbroken[0].state_dict())
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0, [3, 6, 9, 12, 15]), (30, [9]), (120, [])])
+def test_states_are_saved_no_faster_than_is_worth_it(
+    data: tuple[Split, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, saved: list[int]
+) -> None:
+    clock = iter(range(0, 10_000, 10))  # ten seconds pass wherever somebody looks
+    monkeypatch.setattr(training.stage.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training.stage, "SAVE_SECONDS", seconds)
+    steps, save = list[int](), Progress.save
+    monkeypatch.setattr(Progress, "save", lambda self, folder, step: (steps.append(step), save(self, folder, step)))
+    run_stage(make_stage(data[1]), data[0], RunFolder(tmp_path), WORKER)
+    assert steps == saved
 
 
 def test_a_finished_stage_is_taken_from_the_folder_without_training(
@@ -350,9 +366,9 @@ def test_every_ingredient_changes_the_result_and_resumes_exactly(
 def test_a_compiled_network_trains_alike(data: tuple[Split, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
 
-    def trace(module: nn.Module) -> None:  # as torch.compile does, but without a C++ compiler's minute
+    def trace(module: nn.Module, **options: Any) -> None:  # as torch.compile does, but without a C++ compiler's minute
         compiled.append(module)
-        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", **options)
 
     monkeypatch.setattr(nn.Module, "compile", trace)
     losses = []
