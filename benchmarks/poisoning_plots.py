@@ -88,11 +88,12 @@ def _draw_backdoors(rows: list[Row]) -> bytes | None:
     if not arms:
         return None
     figure_, axes = _pyplot().subplots(figsize=(9, 4))
-    for number, (attack, known) in enumerate(heights.items()):
-        places = [arms.index(arm) + 0.27 * (number - 1) for arm in known]
+    shown = {attack: known for attack, known in heights.items() if known}
+    wide = 0.8 / len(shown)
+    for number, (attack, known) in enumerate(shown.items()):
+        places = [arms.index(arm) + wide * (number - (len(shown) - 1) / 2) for arm in known]
         label = "no poison" if attack == "clean" else attack
-        if known:
-            axes.bar(places, [100 * share for share in known.values()], 0.25, label=label, color=f"C{number}")
+        axes.bar(places, [100 * share for share in known.values()], 0.9 * wide, label=label)
     axes.set_xticks(
         np.arange(len(arms)), [name.replace(", ", ",\n").replace("trained ", "trained\n") for name in arms], fontsize=8
     )

@@ -29,8 +29,9 @@ STORIES = {
     "pair flips": "A fifth of every class gets the label of the next class, always the same one, so the errors agree.",
     "patch": "A backdoor (BadNets): one image in a hundred gets a small patch and the target's label. The attacker later "
     "shows the patch to have anything taken for the target.",
-    "clean label": "A backdoor that no label betrays: half of the target class's own images are made hard to recognise by "
-    "changes of at most 16 levels of 255, and get the patch. Their labels stay right, so no reviewer of labels finds them.",
+    "clean label": "A backdoor that no label betrays: a share of the target class's own images (half of them unless said) are "
+    "made hard to recognise by changes of at most 16 levels of 255, and get the patch. Their labels stay right, so no reviewer "
+    "of labels finds them.",
 }
 """By a poison's kind, for a reader who has not seen the code."""
 WAYS = {
@@ -180,19 +181,28 @@ def _by_seed(rows: list[Row], arm: str, attack: str) -> dict[int, Row]:
 
 def _clean_label(rows: list[Row]) -> list[str]:
     """Say whether adversarial training makes clean-label backdoors worse, beyond what the patch does without poison."""
-    arms = ("plain network", "adversarially trained network")
-    found = [(_by_seed(rows, arm, "clean-label backdoor").get(0), _by_seed(rows, arm, "clean").get(0)) for arm in arms]
-    if not all(with_ and without for with_, without in found):
+    plain, adversarial = (
+        {row["attack"]: row["backdoor"] for row in rows if (row["arm"], row["seed"]) == (arm, 0)}
+        for arm in ("plain network", "adversarially trained network")
+    )
+    told, worse, informative = [], False, False
+    for poison in POISONS:
+        both = [found.get(poison.name) for found in (adversarial, plain)]
+        if poison.kind in ("none", "clean label") and None not in both:
+            told.append(f"{100 * both[0]:.1f} and {100 * both[1]:.1f} % ({poison.name})")
+        if poison.kind != "clean label" or None in both or not plain.keys() & adversarial.keys() & {"clean"}:
+            continue
+        gained = both[0] - adversarial["clean"], both[1] - plain["clean"]
+        if max(gained) > CHANCE and min(both) < 1 - CHANCE:
+            informative, worse = True, worse or gained[0] - gained[1] > CHANCE
+    if not any("clean-label" in each for each in told) or "clean" not in plain or "clean" not in adversarial:
         return []
-    plain, adversarial = (with_["backdoor"] - without["backdoor"] for with_, without in found)
-    if max(plain, adversarial) < CHANCE:
-        what = "here the attack works in neither network, so this run can't tell"
-    else:
-        what = "here it does" if adversarial - plain > CHANCE else "here it does not"
-    shares = [f"{100 * with_['backdoor']:.1f} % ({100 * without['backdoor']:.1f} % on clean data)" for with_, without in found]
+    what = "here it does" if worse else "here it does not"
+    if not informative:
+        what = "these cells can't tell, as the patch decides nearly always or nearly never in both"
     return [
-        f"It is known that adversarial training can make clean-label backdoors succeed more often; {what}: the patch decides "
-        f"{shares[1]} in the adversarially trained network and {shares[0]} in the plain one."
+        f"It is known that adversarial training can make clean-label backdoors succeed more often; {what}. The patch decides, "
+        f"in the adversarially trained and in the plain network: {', '.join(told)}."
     ]
 
 

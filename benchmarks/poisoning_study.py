@@ -45,9 +45,7 @@ class Cell:
     @property
     def stem(self) -> str:
         """Name of the cell's files."""
-        return "--".join(
-            re.sub(r"[^a-z0-9]+", "-", str(part).lower()).strip("-") for part in (self.arm, self.attack, self.seed)
-        )
+        return "--".join(_slug(str(part)) for part in (self.arm, self.attack, self.seed))
 
 
 class Study:
@@ -149,7 +147,7 @@ class Study:
         """Return the poisoned data; what a clean-label backdoor made of its images is kept, since a network went into it."""
         if poison.kind != "clean label":
             return apply(poison, self.dataset, seed)
-        kept = self.out / "poisons" / f"{seed}.npz"
+        kept = self._kept(poison, seed)
         with locked(self.out / "poisons.lock", wait=True):
             if not kept.exists():
                 made = apply(poison, self.dataset, seed, self._proxy())
@@ -160,11 +158,14 @@ class Study:
             images[touched] = file["images"]
         return Poisoned(with_training(self.dataset, images, self.dataset.train.labels.numpy()), touched)
 
+    def _kept(self, poison: Poison, seed: int) -> Path:
+        return self.out / "poisons" / f"{_slug(poison.name)}--{seed}.npz"
+
     def pictures(self, count: int = 6) -> dict[str, tuple[np.ndarray, list[str]]]:
         """Return some images of each kind of poison, before and after, `(2, K, H, W, 3)`, and captions; none not made yet."""
         found, names = {}, self.dataset.label_names
         for poison in {poison.kind: poison for poison in reversed(POISONS)}.values():
-            if poison.kind == "none" or (poison.kind == "clean label" and not (self.out / "poisons" / "0.npz").exists()):
+            if poison.kind == "none" or (poison.kind == "clean label" and not self._kept(poison, 0).exists()):
                 continue
             poisoned = self.poisoned(poison, 0)
             rows = torch.from_numpy(np.flatnonzero(poisoned.touched)[:: max(1, poisoned.touched.sum() // count)][:count])
@@ -211,6 +212,10 @@ class Study:
             return None
         scratch = self._folder("plan")
         return sum(cost.minutes for cost in costs(stages(arm, self.size, self.dataset, scratch, self.worker), self.worker))
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _minutes_since(began: float, resumed: bool) -> float | None:

@@ -60,6 +60,8 @@ POISONS = (
     Poison("BadNets 1 %", "patch", 0.01),
     Poison("pair flips 20 %", "pair flips", 0.20),
     Poison("clean-label backdoor", "clean label", 0.50),
+    Poison("clean-label backdoor 5 %", "clean label", 0.05),
+    Poison("clean-label backdoor 1 %", "clean label", 0.01),
     Poison("flips 5 %", "random flips", 0.05),
     Poison("flips 40 %", "random flips", 0.40),
 )

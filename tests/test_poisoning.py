@@ -230,6 +230,8 @@ def test_only_the_main_rows_have_several_seeds() -> None:
     assert {cell.arm for cell in grid if cell.attack == "flips 40 %"} == {"plain network", *poisoning.MAIN_ARMS}
     unoptional = {arm.name for arm in ARMS if not arm.optional}
     assert unoptional == {cell.arm for cell in grid if cell.attack == "clean-label backdoor"}
+    fainter = {cell.arm for cell in grid if cell.attack == "clean-label backdoor 5 %"}
+    assert fainter == {"plain network", "adversarially trained network"}
 
 
 SIZE = {
@@ -404,10 +406,11 @@ def test_the_table_pairs_what_is_lost_by_seed() -> None:
 @pytest.mark.parametrize(
     ("plain", "adversarial", "said"),
     [
-        (0.04, 0.10, "so this run can't tell"),  # as often as without poison
-        (0.30, 0.95, "here it does:"),
-        (0.95, 0.30, "here it does not:"),
-        (0.30, 0.37, "here it does not:"),  # as much more than without poison
+        (0.04, 0.12, "these cells can't tell"),  # as often as without poison
+        (0.99, 1.00, "these cells can't tell"),
+        (0.30, 0.95, "here it does."),
+        (0.95, 0.30, "here it does not."),
+        (0.30, 0.39, "here it does not."),  # as much more than without poison
     ],
 )
 def test_a_clean_label_backdoor_is_compared_beyond_what_the_patch_does_alone(
@@ -416,15 +419,18 @@ def test_a_clean_label_backdoor_is_compared_beyond_what_the_patch_does_alone(
     rows = [
         row(arm, attack, backdoor=share)
         for arm, alone, poisoned in (("plain network", 0.03, plain), ("adversarially trained network", 0.10, adversarial))
-        for attack, share in (("clean", alone), ("clean-label backdoor", poisoned))
+        for attack, share in (("clean", alone), ("clean-label backdoor 5 %", poisoned))
     ]
-    assert said in " ".join(poisoning_report.verdicts(rows))
-    assert f"{100 * plain:.1f} % (3.0 % on clean data) in the plain one" in " ".join(poisoning_report.verdicts(rows))
-    assert not [verdict for verdict in poisoning_report.verdicts(rows[1:]) if "clean-label backdoors succeed" in verdict]
+    (verdict,) = [each for each in poisoning_report.verdicts(rows) if "clean-label backdoors succeed" in each]
+    assert said in verdict
+    assert f"10.0 and 3.0 % (clean), {100 * adversarial:.1f} and {100 * plain:.1f} % (clean-label backdoor 5 %)" in verdict
+    assert not [each for each in poisoning_report.verdicts(rows[1:]) if "clean-label backdoors succeed" in each]
 
 
 def test_what_was_not_measured_has_no_bar() -> None:
     rows = [row("mixture", "BadNets 1 %", backdoor=0.9), row("plain network", "clean"), row("mixture, screened", "BadNets 1 %")]
     arms, heights = poisoning_plots.bars(rows)
     assert arms == ["mixture", "mixture, screened"]
-    assert heights == {"clean": {}, "BadNets 1 %": {"mixture": 0.9, "mixture, screened": 0.03}, "clean-label backdoor": {}}
+    assert {attack: known for attack, known in heights.items() if known} == {
+        "BadNets 1 %": {"mixture": 0.9, "mixture, screened": 0.03}
+    }
