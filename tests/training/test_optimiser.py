@@ -52,6 +52,27 @@ def test_kernels_are_set_to_the_root_of_their_outputs_in_length_and_keep_their_d
     assert torch.equal(network.head.weight, before.head.weight)
 
 
+def test_kernels_move_as_torchs_muon_moves_them(network: nn.Module) -> None:
+    twin, optimiser = copy.deepcopy(network), Optimiser(network, SCHEDULE)
+    kernels = hidden_kernels(twin)
+    matrices = [nn.Parameter(kernel.detach().permute(0, 2, 3, 1).flatten(1)) for kernel in kernels]
+    reference = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=SCHEDULE.momentum, nesterov=True, ns_steps=4)
+    for step in range(3):
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        twin.load_state_dict(network.state_dict())  # what is not a kernel is torch's SGD in both
+        for each in (network, twin):
+            each(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        for kernel, matrix in zip(kernels, matrices, strict=True):
+            assert kernel.grad is not None
+            matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1).contiguous()
+            matrix.data.mul_(len(matrix) ** 0.5 / matrix.norm())
+            kernel.grad = None
+        reference.step()
+        optimiser.step(0.02)
+        for kernel, matrix in zip(hidden_kernels(network), matrices, strict=True):
+            torch.testing.assert_close(kernel.detach().permute(0, 2, 3, 1).flatten(1), matrix.detach(), rtol=0, atol=1e-3)
+
+
 def test_a_network_whose_kernels_would_not_be_trained_is_refused() -> None:
     with pytest.raises(ValueError, match="channels-last"):
         Optimiser(ResNet18(width=8, num_classes=3), SCHEDULE)
