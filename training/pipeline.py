@@ -18,7 +18,7 @@ from training.joint import JOINT, joint_settings, joint_stage
 from training.parts import join, split
 from training.plots import plot_run
 from training.pretrain import expert_bag, expert_name, expert_schedule, expert_settings, expert_stage
-from training.progress import finished, fits, slim
+from training.progress import check_settings, finished, fits, slim
 from training.recipe import Recipe
 from training.run_folder import RunFolder, git_revision
 from training.stage import Stage, run_stage, total_steps
@@ -74,7 +74,8 @@ class Run:
         """Train the recipe's experts (all, or those given) one after the other."""
         self._write_config()
         for index in range(len(self._recipe.experts)) if experts is None else experts:
-            self._run(self._expert_stage(index), self._bag(index))
+            if not self.worker.agreed(self._ended(index)):
+                self._run(self._expert_stage(index), self._bag(index))
         self._plot()
 
     def joint(self) -> None:
@@ -146,6 +147,14 @@ class Run:
         for index in range(len(self._recipe.experts)) if self._init is None else ():
             yield self._expert_stage(index), self._bag(index)
         yield self._joint_stage(trained=False), self._train
+
+    def _ended(self, index: int) -> bool:
+        """Tell whether an expert is trained to its end; making its stage again would take seconds for nothing."""
+        counters = self._folder.counters(expert_name(index))
+        if counters is None:
+            return False
+        check_settings(self._folder, expert_name(index), counters, self._expert_settings(index))
+        return bool(counters["step"] >= total_steps(expert_schedule(index, self._recipe), len(self._bag(index))))
 
     def _expert_stage(self, index: int) -> Stage:
         return self._taught(expert_stage(index, self._recipe, self.dataset, self.worker.device, self._seed))

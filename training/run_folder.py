@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -98,15 +99,25 @@ class RunFolder:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, {"counters": json.dumps(counters)})
         os.replace(scratch, target)
 
+    def counters(self, stage: str) -> dict[str, Any] | None:
+        """Return what a stage's saved state counts, without its tensors, or ``None`` when there is none."""
+        found = self._opened(stage, lambda file: {})
+        return None if found is None else found[1]
+
     def load(self, stage: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return a stage's saved state, or ``None`` when there is none."""
+        return self._opened(stage, lambda file: {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+
+    def _opened(
+        self, stage: str, read: Callable[[Any], dict[str, torch.Tensor]]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         target = self.path / f"{stage}.safetensors"
         if not target.exists():
             return None
         try:
             with safe_open(target, framework="pt") as file:
                 counters = json.loads((file.metadata() or {})["counters"])
-                return {key: file.get_tensor(key) for key in file.keys()}, counters  # noqa: SIM118 (not a dict)
+                return read(file), counters
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{target} is not a saved training state ({error}): delete it to start the stage again") from error
 

@@ -150,6 +150,17 @@ def test_an_interrupted_command_says_so_and_the_same_command_finishes_it(
     assert same(tmp_path / "expert-1.safetensors", tiny_run.folder / "expert-1.safetensors")
 
 
+def test_finished_experts_are_not_even_made_again(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, made = copy_of(tiny_run, tmp_path / "run", *STAGES[:2]), list[int]()
+    stage = training.pipeline.expert_stage
+    monkeypatch.setattr(training.pipeline, "expert_stage", lambda index, *more: (made.append(index), stage(index, *more))[1])
+    assert main(["pretrain", *tiny_run.arguments(folder), "--experts", "0,1,2"]) == 0
+    assert made == [2]
+    assert "other settings" in refusal(capsys, ["pretrain", *tiny_run.arguments(folder), "--seed", "7", "--experts", "0"])
+
+
 def test_joint_training_without_experts_is_refused(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
