@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 
 from training.data import Split
-from training.stage import Stage, Trainer
+from training.stage import Stage, Trainer, total_steps
 from training.worker import Worker
 
-TIMED_STEPS = 3
+TIMED_STEPS = {"cpu": 3, "cuda": 20}
+"""Steps differ in how many an attack takes; a GPU has time for a mean."""
 
 
 class Cost(NamedTuple):
@@ -44,11 +45,10 @@ def costs(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> Iterator[Cos
     """
     measured: dict[str, tuple[float, float]] = {}
     for stage, data in stages:
-        trainer = Trainer(stage, data, worker)
         kind = repr((stage.settings.get("expert", stage.name), stage.settings.get("schedule")))
         if kind not in measured:
-            measured[kind] = _try(trainer, worker)
-        yield Cost(stage.name, trainer.steps, *measured[kind])
+            measured[kind] = _try(Trainer(stage, data, worker), worker)
+        yield Cost(stage.name, total_steps(stage.task.schedule, len(data)), *measured[kind])
 
 
 def plan(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> str:
@@ -61,7 +61,8 @@ def plan(stages: Iterable[tuple[Stage, Split]], worker: Worker) -> str:
     lines.append(f"| all | | | {total:.1f} | |")
     where = "of the GPU" if worker.device.type == "cuda" else "of the process"
     lines.append(
-        f"\nFrom {TIMED_STEPS} steps of each kind on {worker.device}; judging on held-out images not counted. Memory {where}."
+        f"\nFrom {TIMED_STEPS[worker.device.type]} steps of each kind on {worker.device}; judging on held-out images not "
+        f"counted. Memory {where}."
     )
     return "\n".join(lines)
 
@@ -74,11 +75,11 @@ def _try(trainer: Trainer, worker: Worker) -> tuple[float, float]:
     trainer.step(0)  # the first step allocates, and compiles
     if cuda:
         torch.cuda.synchronize(worker.device)
-    started = time.perf_counter()
-    for step in range(1, 1 + TIMED_STEPS):
+    started, steps = time.perf_counter(), TIMED_STEPS[worker.device.type]
+    for step in range(1, 1 + steps):
         trainer.step(step)
     if cuda:
         torch.cuda.synchronize(worker.device)
-    seconds = (time.perf_counter() - started) / TIMED_STEPS
+    seconds = (time.perf_counter() - started) / steps
     peak = torch.cuda.max_memory_allocated(worker.device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return seconds, peak / 2**20
